@@ -1,0 +1,137 @@
+"""Which implementation of an op runs: one list of conditions, each with its reason.
+
+`eager` is plain PyTorch, `cpp` C++ on the CPU, `cuda` C++ on the GPU, `triton` Triton on the GPU;
+`auto` takes the first of `PREFERENCE` that can run.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from effkernels import _native
+
+PREFERENCE = ("cpp", "cuda", "triton", "eager")
+NAMES = ("auto", *PREFERENCE)
+DTYPES = {
+    "cpp": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+}
+DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+if os.environ.get("EFFKERNELS_TRITON_ON_CPU", "0") == "1":
+    # For tests on a machine with no GPU: Triton's interpreter, or an emulated driver, takes CPU tensors.
+    DEVICES["triton"] = ("cuda", "cpu")
+
+_requested = "auto"
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `choose` decided for one call of an op, and why not the others."""
+
+    op: str
+    backend: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        why = "".join(f"\n    not {name}: {reason}" for name, reason in self.rejected.items())
+        return f"{self.op} {shape} {str(self.dtype).removeprefix('torch.')} on {self.device}: {self.backend}{why}"
+
+
+_decisions: list[Decision] | None = None
+
+
+def why_not(backend: str, x: Tensor) -> str | None:
+    """The reason why `backend` cannot run on `x`; None if it can."""
+    if backend == "eager":
+        return None
+    missing = _native.MISSING.get(backend)
+    if missing is not None:
+        return missing
+    if x.device.type not in DEVICES[backend]:
+        return f"runs on {' or '.join(DEVICES[backend])} tensors, got one on {x.device.type}"
+    if x.dtype not in DTYPES[backend]:
+        return f"has no {x.dtype} kernels"
+    return None
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The backend that runs `op` on `x`.
+
+    Raises RuntimeError if the backend that `use_backend` asked for cannot run.
+    """
+    if _requested != "auto":
+        reason = why_not(_requested, x)
+        if reason is not None:
+            raise RuntimeError(f"effkernels.{op}: backend {_requested!r} cannot run: {reason}")
+        backend = _requested
+    else:
+        backend = next(name for name in PREFERENCE if why_not(name, x) is None)
+        if backend == "eager" and not torch.compiler.is_compiling():
+            _warn_slow(x)
+    if _decisions is not None:
+        rejected = {n: r for n in PREFERENCE if n != backend and (r := why_not(n, x)) is not None}
+        _decisions.append(Decision(op, backend, tuple(x.shape), x.dtype, x.device, rejected))
+    return backend
+
+
+def _warn_slow(x: Tensor) -> None:
+    if x.device.type in _warned:
+        return
+    _warned.add(x.device.type)
+    reasons = "; ".join(f"{name}: {why_not(name, x)}" for name in PREFERENCE if name != "eager")
+    warnings.warn(
+        f"effkernels runs unfused on {x.device.type} ({reasons}). `effkernels doctor` says what is missing; "
+        'effkernels.use_backend("eager") silences this.',
+        stacklevel=4,
+    )
+
+
+class use_backend:
+    """Choose the backend of every op: at once for the process, and as a context manager until its end.
+
+    >>> effkernels.use_backend("cpp")
+    >>> with effkernels.use_backend("eager"):
+    ...     reference = model(x)
+
+    The setting belongs to the process, not to a thread. A backward pass runs on the backend of its forward pass.
+
+    Raises:
+        ValueError: `name` is not one of auto, eager, cpp, triton, cuda.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        if name not in NAMES:
+            raise ValueError(f"use_backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+        self._previous = _requested
+        _requested = name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _requested
+        _requested = self._previous
+
+
+@contextmanager
+def record_decisions() -> Iterator[list[Decision]]:
+    """Collect the decisions of all op calls made inside the block."""
+    global _decisions
+    previous, _decisions = _decisions, []
+    try:
+        yield _decisions
+    finally:
+        _decisions = previous

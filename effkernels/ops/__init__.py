@@ -1,0 +1,7 @@
+"""Fused ops. Each folder holds an op's function, schema and autograd formula, reference and Triton kernels."""
+
+from effkernels.ops.batch_norm import bn_act
+from effkernels.ops.dwconv import dwconv_bn_swish
+from effkernels.ops.squeeze_excite import squeeze_excite, squeeze_excite_gate
+
+__all__ = ["bn_act", "dwconv_bn_swish", "squeeze_excite", "squeeze_excite_gate"]

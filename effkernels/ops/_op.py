@@ -1,0 +1,66 @@
+"""Dispatcher ops: one schema, one fake kernel and one autograd formula, an overload per backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+KERNEL_BACKENDS = ("cpp", "cuda", "triton")
+_library = torch.library.Library("effkernels", "DEF")
+
+
+class Op:
+    """`effkernels::<name>.<backend>` for each kernel backend.
+
+    Every backend is an overload with the same schema, so that a traced graph says which kernel it runs. C++ registers
+    its overloads when its library is loaded; Python ones are given to `implement`. Ops are functional.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name
+        self._functions: dict[str, Any] = {}
+        self.overloads: dict[str, torch._ops.OpOverload] = {}
+        for backend in KERNEL_BACKENDS:
+            qualified = f"effkernels::{name}.{backend}"
+            _library.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(qualified, fake, lib=_library)
+            overload = getattr(getattr(torch.ops.effkernels, name), backend)
+            formula = once_differentiable(backward) if backward else _no_gradient(name)
+            torch.library.register_autograd(overload, formula, setup_context=setup_context, lib=_library)
+            self.overloads[backend] = overload
+            if backward:
+                members = {"forward": overload, "setup_context": setup_context, "backward": formula}
+                self._functions[backend] = type(
+                    f"{name}_{backend}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
+                )
+
+    def implement(self, backend: str, function: Callable[..., Any]) -> None:
+        """Register a Python implementation."""
+        _library.impl(f"{self.name}.{backend}", function, "CompositeExplicitAutograd")
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        # The autograd.Function is the same formula with a third of register_autograd's overhead per call.
+        if (
+            backend in self._functions
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        ):
+            return self._functions[backend].apply(*args)
+        return self.overloads[backend](*args)
+
+
+def _no_gradient(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"effkernels::{name} is a phase of a fused op and has no gradient of its own")
+
+    return backward

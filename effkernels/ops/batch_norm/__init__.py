@@ -1,0 +1,65 @@
+"""BatchNorm followed by an activation."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from effkernels import backends
+from effkernels.ops import _checks
+from effkernels.ops._activation import ACTIVATIONS, activate
+from effkernels.ops.batch_norm import op
+
+
+def bn_act(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """BatchNorm over [N, C, H, W] followed by `activation`. Only x is saved for backward.
+
+    Equivalent to `F.silu(F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps))`.
+
+    Args:
+        x: [N, C, H, W]; float32, float16, bfloat16 or (cpp, eager) float64; any strides.
+        bn_weight, bn_bias: [C] or None; float32 or the dtype of x.
+        running_mean, running_var: [C]; used when not training, else updated in place with `momentum`, unless None.
+        activation: "silu", "relu", "relu6", "hardswish" or "identity".
+
+    Returns:
+        [N, C, H, W], the dtype and layout of x.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or batch statistics would be of
+            a single value per channel.
+    """
+    name = "bn_act"
+    _checks.map_tensor(name, "x", x)
+    _checks.batch_norm(name, x, x.shape[1], bn_weight, bn_bias, running_mean, running_var, training)
+    act = _checks.code(name, "activation", activation, ACTIVATIONS)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if training:
+        _checks.more_than_one_value(name, count, x.shape)
+    backend = backends.choose(name, x)
+    if backend == "eager":
+        return activate(F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps), act)
+    y, stats = op.BN_ACT(backend, x, bn_weight, bn_bias, running_mean, running_var, training, eps, act)
+    if training:
+        update_running_statistics(running_mean, running_var, stats, count, momentum)
+    return y
+
+
+def update_running_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, stats: Tensor, count: int, momentum: float
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance."""
+    if running_mean is None or running_var is None or count == 0:
+        return
+    mean, var = stats.detach()
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)

@@ -1,0 +1,114 @@
+"""BatchNorm and activation: `bn_statistics` and `bn_apply`, the phase ops, and `bn_act`, the differentiable fusion."""
+
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effkernels.ops._activation import activate_backward
+from effkernels.ops._layout import empty_map
+from effkernels.ops._op import KERNEL_BACKENDS, Op
+
+aten = torch.ops.aten
+
+
+class Reduce(IntEnum):
+    """What a kernel sums over its output as stored, in the pass that writes it (csrc/common/reduce.h)."""
+
+    NONE = 0
+    MEAN = 1  # over the map: [N, C]
+    STATISTICS = 2  # over batch and map: [2, C], mean and biased variance
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _bn_statistics_fake(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x))
+
+
+# Batch statistics [2, C] of x: mean and biased variance.
+BN_STATISTICS = Op("bn_statistics", "(Tensor x) -> Tensor", fake=_bn_statistics_fake)
+
+
+def _bn_apply_fake(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int, reduce: int
+) -> tuple[Tensor, Tensor]:
+    shape = tuple(x.shape[:2]) if reduce == Reduce.MEAN else (0,)
+    return empty_map(x, x.shape), x.new_empty(shape, dtype=statistics_dtype(x))
+
+
+# y = act(gamma * (x - mean) / sqrt(var + eps) + beta), and with Reduce.MEAN its mean over the map [N, C].
+BN_APPLY = Op(
+    "bn_apply",
+    "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act, int reduce)"
+    " -> (Tensor y, Tensor sums)",
+    fake=_bn_apply_fake,
+)
+
+
+def _bn_act(
+    backend: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, act: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if training:
+        stats = BN_STATISTICS(backend, x)
+    else:
+        stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
+    return BN_APPLY(backend, x, stats[0], stats[1], gamma, beta, eps, act, Reduce.NONE)[0], stats
+
+
+def _bn_act_fake(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, act: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return empty_map(x, x.shape), _bn_statistics_fake(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gamma, beta, _, _, ctx.training, ctx.eps, ctx.act = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gamma, beta, output[1])
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, gamma, beta, stats = ctx.saved_tensors
+    grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.eps, ctx.act)
+    return *grads, *(None,) * 5
+
+
+def bn_act_backward(
+    grad_y: Tensor | None, grad_pooled: Tensor | None, x: Tensor, stats: Tensor, gamma: Tensor | None,
+    beta: Tensor | None, training: bool, eps: float, act: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, gamma and beta for y = act(bn(x)) and its mean over the map, from x alone."""
+    if grad_pooled is not None:
+        spread = (grad_pooled / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
+        grad_y = spread.expand_as(x) if grad_y is None else grad_y + spread
+    if grad_y is None:
+        return None, None, None
+    mean, var = stats
+    z = F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
+    grad_z = activate_backward(grad_y, z, act)
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = aten.native_batch_norm_backward(
+        grad_z, x, gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
+        (True, gamma is not None, beta is not None),
+    )  # fmt: skip
+    return grads
+
+
+BN_ACT = Op(
+    "bn_act",
+    "(Tensor x, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var, bool training, float eps,"
+    " int act) -> (Tensor y, Tensor stats)",
+    fake=_bn_act_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+for _backend in KERNEL_BACKENDS:
+    BN_ACT.implement(_backend, partial(_bn_act, _backend))

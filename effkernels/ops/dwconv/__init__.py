@@ -1,0 +1,103 @@
+"""Depthwise convolution, BatchNorm and Swish in one op."""
+
+import torch
+from torch import Tensor
+
+from effkernels import backends
+from effkernels.ops import _checks
+from effkernels.ops._activation import ACTIVATIONS
+from effkernels.ops._geometry import resolve_padding
+from effkernels.ops.batch_norm import update_running_statistics
+from effkernels.ops.batch_norm.op import Reduce
+from effkernels.ops.dwconv import op, reference
+
+KERNEL_SIZES = (3, 5, 7)
+STRIDES = (1, 2)
+_NAME = "dwconv_bn_swish"
+
+
+def dwconv_bn_swish(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int = 1,
+    padding: int | str = "auto",
+    activation: str = "silu",
+    return_pooled: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise convolution, BatchNorm and activation: `act(bn(conv(x)))` (MBConv, arXiv:1905.11946).
+
+    Equivalent to `F.silu(F.batch_norm(F.conv2d(x, weight, stride=stride, padding=k // 2, groups=C), running_mean,
+    running_var, bn_weight, bn_bias, training, momentum, eps))`. Inference reads x once and writes y once; training
+    saves x and the raw convolution output for backward, nothing else.
+
+    Args:
+        x: [N, C, H, W]; float32, float16, bfloat16 or (cpp, eager) float64; NCHW or channels_last, slices too.
+        weight: [C, 1, k, k], k in 3, 5, 7; the dtype of x. Under autocast both are cast as `F.conv2d` casts them.
+        bn_weight, bn_bias: [C] or None; float32 or the dtype of x.
+        running_mean, running_var: [C]; used when not training, else updated in place with `momentum`, unless None.
+        stride: 1 or 2.
+        padding: rows and columns of zeros on each side, "auto" (k // 2) or "same" (TensorFlow's, uneven).
+        activation: "silu", "relu", "relu6", "hardswish" or "identity".
+        return_pooled: also return the mean of y over its map, [N, C] in float32 (float64 for float64), from the same
+            pass: squeeze-excite's input.
+
+    Returns:
+        y [N, C, Ho, Wo] in the dtype and layout of x; or (y, pooled).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or batch statistics would be of
+            a single value per channel.
+        RuntimeError: the backend asked for by `use_backend` cannot run.
+    """
+    _checks.map_tensor(_NAME, "x", x)
+    channels = x.shape[1]
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{_NAME}: weight must be a tensor [C, 1, k, k], got {type(weight).__name__}")
+    if weight.dim() != 4 or weight.shape[2] not in KERNEL_SIZES or weight.shape[3] != weight.shape[2]:
+        raise ValueError(f"{_NAME}: weight must be [C, 1, k, k] with k in {KERNEL_SIZES}, got {list(weight.shape)}")
+    k = weight.shape[2]
+    _checks.shaped(_NAME, "weight", weight, [channels, 1, k, k], x)
+    if stride not in STRIDES:
+        raise ValueError(f"{_NAME}: stride must be one of {STRIDES}, got {stride!r}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    _checks.same_dtype(_NAME, "weight", weight, "x", x)
+    _checks.batch_norm(_NAME, x, channels, bn_weight, bn_bias, running_mean, running_var, training)
+    act = _checks.code(_NAME, "activation", activation, ACTIVATIONS)
+    pad_top, out_h = resolve_padding(_NAME, padding, x.shape[2], k, stride)
+    pad_left, out_w = resolve_padding(_NAME, padding, x.shape[3], k, stride)
+    count = x.shape[0] * out_h * out_w
+    if training:
+        _checks.more_than_one_value(_NAME, count, [x.shape[0], channels, out_h, out_w])
+
+    window = (stride, pad_top, pad_left, out_h, out_w)
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    backend = backends.choose(_NAME, x)
+    pooled: Tensor | None
+    if backend == "eager":
+        y, pooled = reference.dwconv_bn_act(
+            x, weight, *norm, training, momentum, eps, *window, act, return_pooled
+        )
+    elif training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *norm))):
+        y, pooled, _, stats = op.DWCONV_BN_ACT(
+            backend, x, weight, *norm, training, eps, *window, act, return_pooled
+        )
+        if training:
+            update_running_statistics(running_mean, running_var, stats, count, momentum)
+    else:
+        reduce = Reduce.MEAN if return_pooled else Reduce.NONE
+        epilogue = (running_mean, running_var, bn_weight, bn_bias, eps, act)
+        y, pooled = op.DWCONV(backend, x, weight, *op.NO_NORM, *epilogue, *window, reduce)
+    if not return_pooled:
+        return y
+    assert pooled is not None
+    return y, pooled

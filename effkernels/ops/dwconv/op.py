@@ -1,0 +1,112 @@
+"""The depthwise convolution: `dwconv`, its phase op, and `dwconv_bn_act`, the differentiable fusion."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effkernels.ops._geometry import extra_padding
+from effkernels.ops._layout import empty_map
+from effkernels.ops._op import KERNEL_BACKENDS, Op
+from effkernels.ops.batch_norm.op import BN_APPLY, Reduce, bn_act_backward, statistics_dtype
+
+aten = torch.ops.aten
+NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
+
+
+def _dwconv_fake(
+    x: Tensor, weight: Tensor,
+    mean1: Tensor | None, var1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None, eps1: float, act1: int,
+    mean2: Tensor | None, var2: Tensor | None, gamma2: Tensor | None, beta2: Tensor | None, eps2: float, act2: int,
+    stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, reduce: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, c = x.shape[:2]
+    y = empty_map(x, (n, c, out_h, out_w))
+    shape = {Reduce.NONE: (0,), Reduce.MEAN: (n, c), Reduce.STATISTICS: (2, c)}[Reduce(reduce)]
+    return y, x.new_empty(shape, dtype=statistics_dtype(x))
+
+
+# y = act2(bn2(conv(act1(bn1(x))))): prologue and epilogue are applied where their mean is given; padding is zero after
+# the prologue. `reduce` adds, from the same pass over y as stored, its mean over the map [N, C] or its batch statistics
+# [2, C] (mean, biased variance).
+DWCONV = Op(
+    "dwconv",
+    "(Tensor x, Tensor weight,"
+    " Tensor? mean1, Tensor? var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
+    " Tensor? mean2, Tensor? var2, Tensor? gamma2, Tensor? beta2, float eps2, int act2,"
+    " int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w, int reduce) -> (Tensor y, Tensor sums)",
+    fake=_dwconv_fake,
+)
+
+
+def _dwconv_bn_act(
+    backend: str,
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float,
+    stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, act: int, pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    reduce = Reduce.STATISTICS if training else Reduce.NONE
+    d, stats = DWCONV(
+        backend, x, weight, *NO_NORM, *NO_NORM, stride, pad_top, pad_left, out_h, out_w, reduce
+    )
+    if not training:
+        stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
+    pooling = Reduce.MEAN if pool else Reduce.NONE
+    y, pooled = BN_APPLY(backend, d, stats[0], stats[1], gamma, beta, eps, act, pooling)
+    return y, pooled, d, stats
+
+
+def _dwconv_bn_act_fake(
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float,
+    stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, act: int, pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n, c = x.shape[:2]
+    y = empty_map(x, (n, c, out_h, out_w))
+    pooled = x.new_empty((n, c) if pool else (0,), dtype=statistics_dtype(x))
+    return y, pooled, torch.empty_like(y), x.new_empty((2, c), dtype=statistics_dtype(x))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, gamma, beta, _, _, ctx.training, ctx.eps, ctx.stride, ctx.top, ctx.left, _, _, ctx.act, ctx.pool = inputs
+    _, _, d, stats = output
+    ctx.mark_non_differentiable(d, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, gamma, beta, d, stats)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, gamma, beta, d, stats = ctx.saved_tensors
+    grad_d, grad_gamma, grad_beta = bn_act_backward(
+        grad_y, grad_pooled if ctx.pool else None, d, stats, gamma, beta, ctx.training, ctx.eps, ctx.act
+    )
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    grad_x = grad_weight = None
+    if grad_d is not None and (need_x or need_weight):
+        # The library's formula pads both sides alike: what "same" adds at the end is made explicit.
+        (h, w), k, stride = x.shape[2:], weight.shape[2], ctx.stride
+        bottom = extra_padding(h, d.shape[2], ctx.top, k, stride)
+        right = extra_padding(w, d.shape[3], ctx.left, k, stride)
+        padded = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        grad_x, grad_weight, _ = aten.convolution_backward(
+            grad_d, padded, weight, None, (stride, stride), (ctx.top, ctx.left), (1, 1), False, (0, 0), x.shape[1],
+            (need_x, need_weight, False),
+        )  # fmt: skip
+        if need_x:
+            grad_x = grad_x[:, :, :h, :w]
+    return grad_x, grad_weight, grad_gamma, grad_beta, *(None,) * 11
+
+
+DWCONV_BN_ACT = Op(
+    "dwconv_bn_act",
+    "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var,"
+    " bool training, float eps, int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w,"
+    " int act, bool pool) -> (Tensor y, Tensor pooled, Tensor d, Tensor stats)",
+    fake=_dwconv_bn_act_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+for _backend in KERNEL_BACKENDS:
+    DWCONV_BN_ACT.implement(_backend, partial(_dwconv_bn_act, _backend))

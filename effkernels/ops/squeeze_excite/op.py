@@ -1,0 +1,141 @@
+"""Squeeze-excite: the phases `spatial_mean`, `se_gate`, `channel_scale`, and `squeeze_excite`, the fusion."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effkernels.ops._activation import activate, activate_backward
+from effkernels.ops._layout import empty_map
+from effkernels.ops._op import KERNEL_BACKENDS, Op
+from effkernels.ops.batch_norm.op import statistics_dtype
+
+
+def _spatial_mean_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=statistics_dtype(x))
+
+
+def _spatial_mean_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _spatial_mean_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return _spread(grad, ctx.shape, ctx.dtype).expand(ctx.shape)
+
+
+def _spread(grad_mean: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The gradient that a mean over the map gives to each pixel, [N, C] -> [N, C, 1, 1]."""
+    return (grad_mean / (shape[2] * shape[3])).to(dtype)[:, :, None, None]
+
+
+# Mean over the map, [N, C, H, W] -> [N, C] in float32 (float64 for float64).
+SPATIAL_MEAN = Op(
+    "spatial_mean",
+    "(Tensor x) -> Tensor",
+    fake=_spatial_mean_fake,
+    setup_context=_spatial_mean_setup,
+    backward=_spatial_mean_backward,
+)
+
+
+def _se_gate_fake(
+    pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int
+) -> Tensor:
+    return torch.empty_like(pooled)
+
+
+def _se_gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.act, ctx.gate = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _se_gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *gate_backward(grad, *ctx.saved_tensors, ctx.act, ctx.gate), None, None
+
+
+def gate_backward(
+    grad_gate: Tensor, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int
+) -> tuple[Tensor | None, ...]:
+    """Gradients of pooled, w1, b1, w2, b2. The tensors are small: everything is recomputed from `pooled`."""
+    wide = [None if t is None else t.to(pooled.dtype) for t in (w1, b1, w2, b2)]
+    v1, c1, v2, c2 = wide
+    assert v1 is not None and v2 is not None
+    u1 = F.linear(pooled, v1, c1)  # [N, R]
+    hidden = activate(u1, act)
+    grad_u2 = activate_backward(grad_gate, F.linear(hidden, v2, c2), gate)  # [N, C]
+    grad_u1 = activate_backward(grad_u2 @ v2, u1, act)
+    return (
+        grad_u1 @ v1,
+        (grad_u1.T @ pooled).to(w1.dtype),
+        None if b1 is None else grad_u1.sum(0).to(b1.dtype),
+        (grad_u2.T @ hidden).to(w2.dtype),
+        None if b2 is None else grad_u2.sum(0).to(b2.dtype),
+    )
+
+
+# gate(w2 act(w1 pooled + b1) + b2): [N, C] -> [N, C] in the dtype of `pooled`; w1 [R, C], w2 [C, R], of one dtype.
+SE_GATE = Op(
+    "se_gate",
+    "(Tensor pooled, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int act, int gate) -> Tensor",
+    fake=_se_gate_fake,
+    setup_context=_se_gate_setup,
+    backward=_se_gate_backward,
+)
+
+# x * gate[:, :, None, None], multiplied in float32 and rounded once.
+CHANNEL_SCALE = Op(
+    "channel_scale",
+    "(Tensor x, Tensor gate) -> Tensor",
+    fake=lambda x, gate: empty_map(x, x.shape),
+)
+
+
+def _squeeze_excite(
+    backend: str, x: Tensor, pooled: Tensor | None,
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # An op must not return its argument: a mean that was given is not given back.
+    mean = SPATIAL_MEAN(backend, x) if pooled is None else x.new_empty(0, dtype=pooled.dtype)
+    g = SE_GATE(backend, mean if pooled is None else pooled, w1, b1, w2, b2, act, gate)
+    return CHANNEL_SCALE(backend, x, g), mean, g
+
+
+def _squeeze_excite_fake(
+    x: Tensor, pooled: Tensor | None,
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g = _spatial_mean_fake(x)
+    return empty_map(x, x.shape), torch.empty_like(g) if pooled is None else g.new_empty(0), g
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, given, *weights, ctx.act, ctx.gate = inputs
+    _, mean, g = output
+    ctx.mark_non_differentiable(mean, g)
+    ctx.pooled_given = given is not None
+    ctx.save_for_backward(x, mean if given is None else given, g, *weights)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, pooled, g, *weights = ctx.saved_tensors
+    grad_gate = (grad_y * x).sum((2, 3), dtype=g.dtype)
+    grad_pooled, *grad_weights = gate_backward(grad_gate, pooled, *weights, ctx.act, ctx.gate)
+    assert grad_pooled is not None
+    grad_x = grad_y * g.to(x.dtype)[:, :, None, None]
+    if not ctx.pooled_given:
+        grad_x = grad_x + _spread(grad_pooled, x.shape, x.dtype)
+    return grad_x, grad_pooled if ctx.pooled_given else None, *grad_weights, None, None
+
+
+SQUEEZE_EXCITE = Op(
+    "squeeze_excite",
+    "(Tensor x, Tensor? pooled, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int act, int gate)"
+    " -> (Tensor y, Tensor mean, Tensor gate_values)",
+    fake=_squeeze_excite_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+for _backend in KERNEL_BACKENDS:
+    SQUEEZE_EXCITE.implement(_backend, partial(_squeeze_excite, _backend))
