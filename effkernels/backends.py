@@ -66,12 +66,14 @@ def why_not(backend: str, x: Tensor) -> str | None:
     return None
 
 
-def choose(op: str, x: Tensor) -> str:
-    """The backend that runs `op` on `x`.
+def choose(op: str, x: Tensor, obstacle: object = None) -> str:
+    """The backend that runs `op` on `x`: `eager` if there is an `obstacle`, a reason that holds for every kernel.
 
     Raises RuntimeError if the backend that `use_backend` asked for cannot run.
     """
-    if _requested != "auto":
+    if obstacle is not None:
+        backend = "eager"
+    elif _requested != "auto":
         reason = why_not(_requested, x)
         if reason is not None:
             raise RuntimeError(f"effkernels.{op}: backend {_requested!r} cannot run: {reason}")
@@ -81,7 +83,8 @@ def choose(op: str, x: Tensor) -> str:
         if backend == "eager" and not torch.compiler.is_compiling():
             _warn_slow(x)
     if _decisions is not None:
-        rejected = {n: r for n in PREFERENCE if n != backend and (r := why_not(n, x)) is not None}
+        reasons = {name: obstacle or why_not(name, x) for name in PREFERENCE if name != backend}
+        rejected = {name: str(reason) for name, reason in reasons.items() if reason is not None}
         _decisions.append(Decision(op, backend, tuple(x.shape), x.dtype, x.device, rejected))
     return backend
 

@@ -1,11 +1,14 @@
 """Depthwise convolution, BatchNorm and Swish in one op."""
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effkernels import backends
 from effkernels.ops import _checks
-from effkernels.ops._activation import ACTIVATIONS
+from effkernels.ops._activation import ACTIVATIONS, activate
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops.batch_norm import update_running_statistics
 from effkernels.ops.batch_norm.op import Reduce
@@ -14,6 +17,17 @@ from effkernels.ops.dwconv import op, reference
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 _NAME = "dwconv_bn_swish"
+
+
+class Norm(NamedTuple):
+    """BatchNorm with known statistics, [C] each, followed by an activation."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str
 
 
 def dwconv_bn_swish(
@@ -57,29 +71,15 @@ def dwconv_bn_swish(
             a single value per channel.
         RuntimeError: the backend asked for by `use_backend` cannot run.
     """
-    _checks.map_tensor(_NAME, "x", x)
+    x, weight, window = _arguments(_NAME, x, weight, stride, padding)
     channels = x.shape[1]
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{_NAME}: weight must be a tensor [C, 1, k, k], got {type(weight).__name__}")
-    if weight.dim() != 4 or weight.shape[2] not in KERNEL_SIZES or weight.shape[3] != weight.shape[2]:
-        raise ValueError(f"{_NAME}: weight must be [C, 1, k, k] with k in {KERNEL_SIZES}, got {list(weight.shape)}")
-    k = weight.shape[2]
-    _checks.shaped(_NAME, "weight", weight, [channels, 1, k, k], x)
-    if stride not in STRIDES:
-        raise ValueError(f"{_NAME}: stride must be one of {STRIDES}, got {stride!r}")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    _checks.same_dtype(_NAME, "weight", weight, "x", x)
     _checks.batch_norm(_NAME, x, channels, bn_weight, bn_bias, running_mean, running_var, training)
     act = _checks.code(_NAME, "activation", activation, ACTIVATIONS)
-    pad_top, out_h = resolve_padding(_NAME, padding, x.shape[2], k, stride)
-    pad_left, out_w = resolve_padding(_NAME, padding, x.shape[3], k, stride)
+    out_h, out_w = window[3:]
     count = x.shape[0] * out_h * out_w
     if training:
         _checks.more_than_one_value(_NAME, count, [x.shape[0], channels, out_h, out_w])
 
-    window = (stride, pad_top, pad_left, out_h, out_w)
     norm = (bn_weight, bn_bias, running_mean, running_var)
     backend = backends.choose(_NAME, x)
     pooled: Tensor | None
@@ -101,3 +101,69 @@ def dwconv_bn_swish(
         return y
     assert pooled is not None
     return y, pooled
+
+
+def bn_act_dwconv_bn_act(
+    x: Tensor,
+    before: Norm,
+    weight: Tensor,
+    after: Norm,
+    *,
+    stride: int = 1,
+    padding: int | str = "auto",
+    return_pooled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`dwconv_bn_swish(bn_act(x, *before), weight, *after)` in one pass over x and y: inference only, no gradients.
+
+    Args:
+        x: [N, C, H, W], the raw output of the convolution before.
+        before, after: BatchNorm with running statistics and the name of the activation.
+        weight, stride, padding, return_pooled: as for `dwconv_bn_swish`.
+
+    Returns:
+        y [N, C, Ho, Wo] in the dtype and layout of x, and its mean over the map [N, C] or None.
+
+    Raises:
+        TypeError, ValueError: as `dwconv_bn_swish`.
+        RuntimeError: the backend asked for by `use_backend` cannot run.
+    """
+    name = "bn_act_dwconv_bn_act"
+    x, weight, window = _arguments(name, x, weight, stride, padding)
+    first, second = (_norm_arguments(name, x, norm) for norm in (before, after))
+    backend = backends.choose(name, x)
+    if backend == "eager":
+        z = activate(F.batch_norm(x, *before[:4], False, 0.0, before.eps), first[-1])
+        return reference.dwconv_bn_act(
+            z, weight, after.weight, after.bias, after.running_mean, after.running_var, False, 0.0, after.eps,
+            *window, second[-1], return_pooled,
+        )  # fmt: skip
+    reduce = Reduce.MEAN if return_pooled else Reduce.NONE
+    y, pooled = op.DWCONV(backend, x, weight, *first, *second, *window, reduce)
+    return y, pooled if return_pooled else None
+
+
+def _norm_arguments(name: str, x: Tensor, norm: Norm) -> tuple[Any, ...]:
+    _checks.batch_norm(name, x, x.shape[1], norm.weight, norm.bias, norm.running_mean, norm.running_var, False)
+    return *norm[:5], _checks.code(name, "activation", norm.activation, ACTIVATIONS)
+
+
+def _arguments(
+    name: str, x: Tensor, weight: Tensor, stride: int, padding: int | str
+) -> tuple[Tensor, Tensor, tuple[int, int, int, int, int]]:
+    """x and weight, checked and cast as autocast asks, and the window: stride, padding before, output size."""
+    _checks.map_tensor(name, "x", x)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a tensor [C, 1, k, k], got {type(weight).__name__}")
+    if weight.dim() != 4 or weight.shape[2] not in KERNEL_SIZES or weight.shape[3] != weight.shape[2]:
+        raise ValueError(f"{name}: weight must be [C, 1, k, k] with k in {KERNEL_SIZES}, got {list(weight.shape)}")
+    k = weight.shape[2]
+    _checks.shaped(name, "weight", weight, [x.shape[1], 1, k, k], x)
+    if stride not in STRIDES:
+        raise ValueError(f"{name}: stride must be one of {STRIDES}, got {stride!r}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    _checks.same_dtype(name, "weight", weight, "x", x)
+    pad_top, out_h = resolve_padding(name, padding, x.shape[2], k, stride)
+    pad_left, out_w = resolve_padding(name, padding, x.shape[3], k, stride)
+    return x, weight, (stride, pad_top, pad_left, out_h, out_w)

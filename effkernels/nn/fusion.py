@@ -1,0 +1,164 @@
+"""The computation of a block from its parts, on the kernels: what our modules and converted ones run."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effkernels import backends
+from effkernels.nn import parts
+from effkernels.nn.parts import SE, Block, Layer, Unfusable
+from effkernels.ops import bn_act, dwconv_bn_swish, squeeze_excite
+from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
+
+
+class Fused(nn.Module):
+    """A module that runs on the fused ops while its parts are untouched, else as its `unfused` forward says.
+
+    A subclass gives `read_parts`, `fused` and `unfused`.
+    """
+
+    def read_parts(self) -> Any:
+        """What `fused` needs, read from the child modules. Raises Unfusable if one of them has been altered."""
+        raise NotImplementedError
+
+    def fused(self, parts: Any, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def unfused(self, x: Tensor) -> Tensor:
+        """The plain composition of the child modules, which is also the `eager` backend."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() != 4:  # a tracer's proxy, an image with no batch dimension
+            return self.unfused(x)
+        found: Any = None
+        obstacle: object = None
+        if parts.global_hooks():
+            obstacle = "hooks are registered for all modules"
+        else:
+            try:
+                found = self.read_parts()
+            except Unfusable as altered:
+                obstacle = altered
+        if backends.choose(type(self).__qualname__, x, obstacle) == "eager":
+            return self.unfused(x)
+        return self.fused(found, x)
+
+
+def run_block(block: Block, x: Tensor) -> Tensor:
+    fixed = not any(parts.uses_batch_statistics(layer.bn) for layer in block.layers())
+    inference = fixed and not (
+        torch.is_grad_enabled() and (x.requires_grad or parts.requires_grad(block.layers(), block.se))
+    )
+    expand, depthwise, se, project = block[:4]
+    y, pooled = x, None
+    if inference and expand is not None and depthwise is not None:
+        y, pooled = _expand_depthwise(expand, depthwise, y, pool=se is not None)
+    else:
+        if expand is not None:
+            y = run_conv(expand, y)
+        if depthwise is not None and se is not None:
+            y, pooled = run_depthwise(depthwise, y, return_pooled=True)
+        elif depthwise is not None:
+            y = run_depthwise(depthwise, y)
+    if se is not None:
+        y = run_se(se, y, pooled)
+    if project is not None:
+        y = (_project_folded if inference else _project)(project, y)
+    if block.shortcut is not None:
+        y = block.shortcut(block.drop_path(y), x)
+    return y
+
+
+def run_conv(layer: Layer, x: Tensor) -> Tensor:
+    """A convolution of PyTorch's library, then BatchNorm and activation in one op."""
+    return bn_act(layer.conv(x), **_norm(layer.bn), activation=layer.activation)
+
+
+def run_depthwise(layer: Layer, x: Tensor, *, return_pooled: bool = False) -> Any:
+    conv, bn, activation = layer
+    return dwconv_bn_swish(
+        x,
+        conv.weight,
+        **_norm(bn),
+        stride=conv.stride[0],
+        padding=parts.padding(conv),
+        activation=activation,
+        return_pooled=return_pooled,
+    )
+
+
+def run_se(se: SE, x: Tensor, pooled: Tensor | None = None) -> Tensor:
+    return squeeze_excite(
+        x,
+        se.reduce.weight,
+        se.reduce.bias,
+        se.expand.weight,
+        se.expand.bias,
+        activation=se.activation,
+        gate=se.gate,
+        pooled=pooled,
+    )
+
+
+def _norm(bn: nn.BatchNorm2d) -> dict[str, Any]:
+    """The BatchNorm arguments of an op, and the count of batches updated, as `nn.BatchNorm2d.forward` does both."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    tracked = bn.track_running_stats or not bn.training
+    return {
+        "bn_weight": bn.weight,
+        "bn_bias": bn.bias,
+        "running_mean": bn.running_mean if tracked else None,
+        "running_var": bn.running_var if tracked else None,
+        "training": parts.uses_batch_statistics(bn),
+        "momentum": momentum,
+        "eps": bn.eps,
+    }
+
+
+def _expand_depthwise(expand: Layer, depthwise: Layer, x: Tensor, *, pool: bool) -> tuple[Tensor, Tensor | None]:
+    conv = depthwise.conv
+    return bn_act_dwconv_bn_act(
+        expand.conv(x),
+        _fixed_norm(expand),
+        conv.weight,
+        _fixed_norm(depthwise),
+        stride=conv.stride[0],
+        padding=parts.padding(conv),
+        return_pooled=pool,
+    )
+
+
+def _fixed_norm(layer: Layer) -> Norm:
+    bn = layer.bn
+    assert bn.running_mean is not None and bn.running_var is not None
+    return Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, layer.activation)
+
+
+def _project(layer: Layer, x: Tensor) -> Tensor:
+    y: Tensor = layer.bn(layer.conv(x))
+    return y
+
+
+def _project_folded(layer: Layer, x: Tensor) -> Tensor:
+    """The 1x1 convolution with its BatchNorm folded into the weight, where that is smaller than the output."""
+    conv, bn, _ = layer
+    n, c, h, w = x.shape
+    if c >= n * h * w:
+        return _project(layer, x)
+    assert bn.running_mean is not None and bn.running_var is not None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    bias = -bn.running_mean * scale if conv.bias is None else (conv.bias - bn.running_mean) * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))

@@ -1,0 +1,171 @@
+"""What a block is made of: its child modules, read at each call and found to be just what the kernels compute."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from effkernels.nn.layers import Conv2dSame
+from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
+
+# Adapters add what their libraries have of each kind.
+SAME_PADDED: set[type] = {Conv2dSame}
+ACTIVATIONS: dict[type, str] = {
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.Identity: "identity",
+}
+GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+
+
+class Unfusable(Exception):
+    """`module`, a part of a block, does something that the fused ops would skip."""
+
+    def __init__(self, module: nn.Module, reason: str) -> None:
+        super().__init__(f"{type(module).__qualname__} {reason}")
+        self.module = module
+        self.reason = reason
+
+
+class Layer(NamedTuple):
+    """activation(bn(conv(x)))"""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    activation: str
+
+
+class SE(NamedTuple):
+    """Squeeze-excite: x * gate(expand(activation(reduce(mean of x over its map))))"""
+
+    reduce: nn.Conv2d
+    expand: nn.Conv2d
+    activation: str
+    gate: str
+
+
+class Block(NamedTuple):
+    """project(se(depthwise(expand(x)))), without those that are None, and the shortcut.
+
+    `shortcut` is None or how the shortcut is added to the branch after `drop_path`: `operator.iadd` keeps the branch's
+    dtype, `operator.add` promotes.
+    """
+
+    expand: Layer | None
+    depthwise: Layer | None
+    se: SE | None
+    project: Layer | None
+    drop_path: nn.Module
+    shortcut: Callable[[Tensor, Tensor], Tensor] | None
+
+    def layers(self) -> Iterator[Layer]:
+        return (layer for layer in (self.expand, self.depthwise, self.project) if layer is not None)
+
+
+def own(module: Any, *types: type) -> Any:
+    """`module`, which is of one of `types` and runs as its class says.
+
+    Raises:
+        Unfusable: another type (replaced, parametrised, quantised), hooks (pruning too), or a forward of its own.
+    """
+    if type(module) not in types:
+        raise Unfusable(module, f"takes the place of a {types[0].__qualname__}")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Unfusable(module, "has hooks")
+    if "forward" in module.__dict__:
+        raise Unfusable(module, "has a forward method of its own")
+    return module
+
+
+def activation(module: nn.Module) -> str:
+    return _named(module, ACTIVATIONS)
+
+
+def gate(module: nn.Module) -> str:
+    return _named(module, GATES)
+
+
+def _named(module: nn.Module, names: dict[type, str]) -> str:
+    name = names.get(type(module))
+    if name is None:
+        raise Unfusable(module, "is computed by no kernel")
+    own(module, type(module))
+    return name
+
+
+def conv(module: nn.Module) -> nn.Conv2d:
+    """Any convolution that PyTorch's library runs."""
+    found: nn.Conv2d = own(module, nn.Conv2d, *SAME_PADDED)
+    if is_traceable_wrapper_subclass(found.weight):
+        raise Unfusable(module, f"has a {type(found.weight).__qualname__} as weight")
+    return found
+
+
+def pointwise(module: nn.Module) -> nn.Conv2d:
+    """A 1x1 convolution, whose BatchNorm may be folded into its weight."""
+    found = conv(module)
+    geometry = found.kernel_size, found.stride, found.padding, found.groups
+    if geometry != ((1, 1), (1, 1), (0, 0), 1):
+        raise Unfusable(module, "is not a plain 1x1 convolution")
+    return found
+
+
+def depthwise(module: nn.Module) -> nn.Conv2d:
+    found = conv(module)
+    k, stride = found.kernel_size[0], found.stride[0]
+    if not found.groups == found.in_channels == found.out_channels:
+        raise Unfusable(module, f"is not depthwise: {found.groups} groups of {found.in_channels} channels")
+    if found.kernel_size != (k, k) or k not in KERNEL_SIZES:
+        raise Unfusable(module, f"has kernel size {found.kernel_size}; the kernels have {KERNEL_SIZES}")
+    if found.stride != (stride, stride) or stride not in STRIDES:
+        raise Unfusable(module, f"has stride {found.stride}; the kernels have {STRIDES}")
+    if found.dilation != (1, 1):
+        raise Unfusable(module, f"has dilation {found.dilation}")
+    if found.bias is not None:
+        raise Unfusable(module, "has a bias")
+    if found.padding_mode != "zeros":
+        raise Unfusable(module, f"has padding mode {found.padding_mode!r}")
+    if found.padding == "valid" or found.padding[0] != found.padding[-1]:
+        raise Unfusable(module, f"has padding {found.padding}")
+    return found
+
+
+def projection(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Layer:
+    """A 1x1 convolution and its BatchNorm, with no activation."""
+    if activation != "identity":
+        raise Unfusable(bn, f"is followed by {activation}")
+    return Layer(pointwise(conv), bn, activation)
+
+
+def padding(conv: nn.Conv2d) -> int | str:
+    """The padding of a `depthwise` convolution, as `dwconv_bn_swish` takes it."""
+    return "same" if type(conv) in SAME_PADDED or conv.padding == "same" else conv.padding[0]
+
+
+def batch_norm(module: nn.Module) -> nn.BatchNorm2d:
+    found: nn.BatchNorm2d = own(module, nn.BatchNorm2d)
+    return found
+
+
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def requires_grad(layers: Iterator[Layer], se: SE | None) -> bool:
+    tensors: list[Tensor | None] = [] if se is None else [*_parameters(se.reduce), *_parameters(se.expand)]
+    for layer in layers:
+        tensors += *_parameters(layer.conv), *_parameters(layer.bn)
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias
+
+
+def global_hooks() -> bool:
+    """Whether hooks are registered for every module, which would not see those that a fused op replaces."""
+    return torch.nn.modules.module._has_any_global_hook()
