@@ -1,0 +1,26 @@
+"""The `effkernels` command. Each subcommand is a function of a module of its own."""
+
+from typing import Annotated
+
+import typer
+
+import effkernels
+from effkernels.doctor import doctor
+
+app = typer.Typer(help=effkernels.__doc__, no_args_is_help=True, add_completion=False)
+app.command()(doctor)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(effkernels.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
