@@ -1,4 +1,4 @@
-"""What every test gets: fresh memory full of NaN, a fixed seed, and a skip with its reason where hardware is missing."""
+"""What every test gets: fresh memory full of NaN, a fixed seed, a skip with its reason where hardware is missing."""
 
 import ctypes
 import os
