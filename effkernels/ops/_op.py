@@ -1,5 +1,6 @@
 """Dispatcher ops: one schema, one fake kernel and one autograd formula, an overload per backend."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,15 @@ class Op:
     def implement(self, backend: str, function: Callable[..., Any]) -> None:
         """Register a Python implementation."""
         _library.impl(f"{self.name}.{backend}", function, "CompositeExplicitAutograd")
+
+    def implement_in_triton(self, module: str) -> None:
+        """Register the function named like this op in `module`, imported at the first call: triton is optional."""
+
+        def implementation(x: torch.Tensor, *args: Any) -> Any:
+            with torch.cuda.device_of(x):
+                return getattr(importlib.import_module(module), self.name)(x, *args)
+
+        self.implement("triton", implementation)
 
     def __call__(self, backend: str, *args: Any) -> Any:
         # The autograd.Function is the same formula with a third of register_autograd's overhead per call.

@@ -33,6 +33,7 @@ def _bn_statistics_fake(x: Tensor) -> Tensor:
 
 # Batch statistics [2, C] of x: mean and biased variance.
 BN_STATISTICS = Op("bn_statistics", "(Tensor x) -> Tensor", fake=_bn_statistics_fake)
+BN_STATISTICS.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
 def _bn_apply_fake(
@@ -49,6 +50,7 @@ BN_APPLY = Op(
     " -> (Tensor y, Tensor sums)",
     fake=_bn_apply_fake,
 )
+BN_APPLY.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
 def _bn_act(

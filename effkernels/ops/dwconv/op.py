@@ -39,6 +39,7 @@ DWCONV = Op(
     " int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w, int reduce) -> (Tensor y, Tensor sums)",
     fake=_dwconv_fake,
 )
+DWCONV.implement_in_triton("effkernels.ops.dwconv.triton")
 
 
 def _dwconv_bn_act(

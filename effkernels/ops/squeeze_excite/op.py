@@ -38,6 +38,7 @@ SPATIAL_MEAN = Op(
     setup_context=_spatial_mean_setup,
     backward=_spatial_mean_backward,
 )
+SPATIAL_MEAN.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 
 
 def _se_gate_fake(
@@ -83,6 +84,7 @@ SE_GATE = Op(
     setup_context=_se_gate_setup,
     backward=_se_gate_backward,
 )
+SE_GATE.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 
 # x * gate[:, :, None, None], multiplied in float32 and rounded once.
 CHANNEL_SCALE = Op(
@@ -90,6 +92,7 @@ CHANNEL_SCALE = Op(
     "(Tensor x, Tensor gate) -> Tensor",
     fake=lambda x, gate: empty_map(x, x.shape),
 )
+CHANNEL_SCALE.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 
 
 def _squeeze_excite(

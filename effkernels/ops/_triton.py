@@ -1,0 +1,262 @@
+"""What the Triton kernels share: tiles, activations, BatchNorm's affine map, reductions, and a pass over a map.
+
+A tile is [pixels, channels] where channels are contiguous in memory and [channels, pixels] elsewhere, so that
+neighbouring lanes load neighbouring values. `PIXEL_AXIS` says which; everything else is written once, by broadcasting.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effkernels.ops._activation import Activation
+from effkernels.ops.batch_norm.op import Reduce
+
+SILU = tl.constexpr(Activation.SILU.value)
+RELU = tl.constexpr(Activation.RELU.value)
+RELU6 = tl.constexpr(Activation.RELU6.value)
+HARDSWISH = tl.constexpr(Activation.HARDSWISH.value)
+SIGMOID = tl.constexpr(Activation.SIGMOID.value)
+HARDSIGMOID = tl.constexpr(Activation.HARDSIGMOID.value)
+MEAN = tl.constexpr(Reduce.MEAN.value)
+STATISTICS = tl.constexpr(Reduce.STATISTICS.value)
+
+WARPS = 8192  # fills the largest current GPU: where more could run, each takes more pixels instead
+
+
+def pixel_axis(x: Tensor) -> int:
+    return 0 if x.stride(1) == 1 and x.shape[1] > 1 else 1
+
+
+def block(extent: int, limit: int, least: int) -> int:
+    """The largest power of two in [least, limit] whose multiples cover `extent` with under a quarter of lanes idle."""
+    size = min(limit, triton.next_power_of_2(extent))
+    while size > least and 4 * extent <= 3 * size * triton.cdiv(extent, size):
+        size //= 2
+    return size
+
+
+@triton.jit
+def channel_block(channels, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr):
+    """This program's channels, and its number among the programs that work on the same channels."""
+    # Channels come first: programs that run together read the same rows, which share sectors in channels_last.
+    blocks = tl.cdiv(channels, BLOCK_C)
+    pid = tl.program_id(0)
+    offs_c = (pid % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.expand_dims(offs_c, PIXEL_AXIS), pid // blocks
+
+
+@triton.jit
+def activate(z, code: tl.constexpr):
+    # Comparisons, not minima and maxima: NaN passes through, as in PyTorch.
+    if code == SILU:
+        z = z / (1 + tl.exp(-z))
+    elif code == SIGMOID:
+        z = 1 / (1 + tl.exp(-z))
+    elif code == RELU:
+        z = tl.where(z < 0, 0.0, z)
+    elif code == RELU6:
+        z = clamp6(z)
+    elif code == HARDSWISH:
+        z = z * clamp6(z + 3) * (1 / 6)
+    elif code == HARDSIGMOID:
+        z = clamp6(z + 3) * (1 / 6)
+    return z
+
+
+@triton.jit
+def clamp6(z):
+    return tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+
+
+@triton.jit
+def load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask):
+    """BatchNorm's mean, scale and shift of each channel; nothing where there is no mean."""
+    if mean_ptr is None:
+        norm = ()
+    else:
+        mean = tl.load(mean_ptr + offs_c, mask, 0.0).to(tl.float32)
+        scale = 1 / tl.sqrt(tl.load(var_ptr + offs_c, mask, 1.0).to(tl.float32) + eps)
+        shift = tl.zeros_like(mean)
+        if gamma_ptr is not None:
+            scale *= tl.load(gamma_ptr + offs_c, mask, 0.0).to(tl.float32)
+        if beta_ptr is not None:
+            shift = tl.load(beta_ptr + offs_c, mask, 0.0).to(tl.float32)
+        norm = (mean, scale, shift)
+    return norm
+
+
+@triton.jit
+def norm_act(z, norm, code: tl.constexpr):
+    if len(norm) > 0:
+        # The mean goes first: folded into the shift, it would cancel where it is large beside the deviation.
+        z = (z - norm[0]) * norm[1] + norm[2]
+    return activate(z, code)
+
+
+@triton.jit
+def reduce_start(zeros, REDUCE: tl.constexpr):
+    """The running reduction of each lane of a tile: nothing, a sum, or count, mean and squared deviations."""
+    if REDUCE == STATISTICS:
+        state = (zeros, zeros, zeros)
+    elif REDUCE == MEAN:
+        state = (zeros,)
+    else:
+        state = ()
+    return state
+
+
+@triton.jit
+def reduce_add(state, y, mask, REDUCE: tl.constexpr):
+    """Take in the values `y` as they were stored."""
+    if REDUCE == STATISTICS:  # Welford
+        count, mean, m2 = state
+        y = tl.where(mask, y.to(tl.float32), mean)
+        count += mask.to(tl.float32)
+        delta = y - mean
+        mean += delta / tl.maximum(count, 1.0)
+        state = (count, mean, m2 + delta * (y - mean))
+    elif REDUCE == MEAN:
+        state = (state[0] + tl.where(mask, y.to(tl.float32), 0.0),)
+    return state
+
+
+@triton.jit
+def reduce_store(state, sums_ptr, part, channels, offs_c, mask, share, PIXEL_AXIS: tl.constexpr, REDUCE: tl.constexpr):
+    """Reduce over the lanes, and store this program's part: [parts, C], or [parts, 3, C] for statistics."""
+    ptrs = sums_ptr + part.to(tl.int64) * channels * len(state) + offs_c
+    if REDUCE == STATISTICS:
+        count, mean, m2 = chan_reduce(state[0], state[1], state[2], PIXEL_AXIS)
+        tl.store(ptrs, count, mask)
+        tl.store(ptrs + channels, mean, mask)
+        tl.store(ptrs + 2 * channels, m2, mask)
+    elif REDUCE == MEAN:
+        tl.store(ptrs, tl.sum(state[0], PIXEL_AXIS, keep_dims=True) * share, mask)
+
+
+@triton.jit
+def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
+    """Counts, means and squared deviations of sets of values along `AXIS`, together (Chan, Golub and LeVeque)."""
+    total = tl.sum(count, AXIS, keep_dims=True)
+    merged = tl.sum(count * mean, AXIS, keep_dims=True) / total
+    delta = mean - merged
+    return total, merged, tl.sum(m2 + count * delta * delta, AXIS, keep_dims=True)
+
+
+@triton.jit
+def merge_statistics_kernel(parts_ptr, stats_ptr, parts, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    offs_c, _ = channel_block(channels, BLOCK_C, 0)
+    mask_c = offs_c < channels
+    count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    mean = count
+    m2 = count
+    for start in range(0, parts, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)[:, None]
+        mask = (offs_p < parts) & mask_c
+        ptrs = parts_ptr + offs_p.to(tl.int64) * channels * 3 + offs_c
+        count_b = tl.load(ptrs, mask, 0.0)
+        delta = tl.load(ptrs + channels, mask, 0.0) - mean
+        m2 += tl.load(ptrs + 2 * channels, mask, 0.0)
+        count += count_b
+        weight = count_b / tl.maximum(count, 1.0)
+        m2 += delta * delta * (count - count_b) * weight
+        mean += delta * weight
+    count, mean, m2 = chan_reduce(count, mean, m2, 0)
+    tl.store(stats_ptr + offs_c, mean, mask_c)
+    tl.store(stats_ptr + channels + offs_c, m2 / count, mask_c)
+
+
+def empty_parts(x: Tensor, parts: int, reduce: int) -> Tensor:
+    """Room for what the programs of a reduction store."""
+    if reduce == Reduce.NONE:
+        return x.new_empty(0, dtype=torch.float32)
+    return x.new_empty((parts, 3 if reduce == Reduce.STATISTICS else 1, x.shape[1]), dtype=torch.float32)
+
+
+def finish(parts: Tensor, batch: int, reduce: int) -> Tensor:
+    """The reduction of all programs' parts, in a fixed order: an empty tensor, mean [N, C], or statistics [2, C]."""
+    if reduce == Reduce.NONE:
+        return parts
+    count, _, channels = parts.shape
+    if reduce == Reduce.MEAN:
+        if count == batch:
+            return parts.view(batch, channels)
+        return parts.view(batch, count // batch, channels).sum(1)
+    stats = parts.new_empty((2, channels))
+    merge_statistics_kernel[(triton.cdiv(channels, 16),)](parts, stats, count, channels, BLOCK_P=64, BLOCK_C=16)
+    return stats
+
+
+@triton.jit
+def stream_kernel(
+    x_ptr, y_ptr, parts_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gate_ptr,
+    channels, height, width, spans, steps, share,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w, gate_stride_n,
+    ACT: tl.constexpr, REDUCE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr,
+):  # fmt: skip
+    offs_c, part = channel_block(channels, BLOCK_C, PIXEL_AXIS)
+    mask_c = offs_c < channels
+    first = part % spans * steps
+    row = (part // spans % height).to(tl.int64)
+    n = (part // spans // height).to(tl.int64)
+    norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask_c)
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + n * gate_stride_n + offs_c, mask_c, 0.0)
+    x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c + row * x_stride_h
+    if y_ptr is not None:
+        y_ptrs = y_ptr + n * y_stride_n + offs_c * y_stride_c + row * y_stride_h
+    pixels = tl.expand_dims(tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
+    zeros = tl.zeros((BLOCK_P, BLOCK_C) if PIXEL_AXIS == 0 else (BLOCK_C, BLOCK_P), tl.float32)
+    state = reduce_start(zeros, REDUCE)
+    for step in range(first, first + steps):
+        offs_p = tl.cast(step, tl.int64) * BLOCK_P + pixels
+        mask = (offs_p < width) & mask_c
+        y = norm_act(tl.load(x_ptrs + offs_p * x_stride_w, mask, 0.0).to(tl.float32), norm, ACT)
+        if gate_ptr is not None:
+            y *= gate
+        y = y.to(x_ptr.dtype.element_ty)
+        if y_ptr is not None:
+            tl.store(y_ptrs + offs_p * y_stride_w, y, mask)
+        state = reduce_add(state, y, mask, REDUCE)
+    reduce_store(state, parts_ptr, part, channels, offs_c, mask_c, share, PIXEL_AXIS, REDUCE)
+
+
+def stream(
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor | None = None, var: Tensor | None = None, gamma: Tensor | None = None, beta: Tensor | None = None,
+    eps: float = 0.0, act: int = 0, gate: Tensor | None = None, reduce: int = Reduce.NONE,
+) -> Tensor:  # fmt: skip
+    """One pass over x: y = gate * act(bn(x)) where they are given; returns `reduce` of y as stored (or as it would be)."""
+    batch, channels, height, width = x.shape
+    area = height * width
+    y_strides = (0, 0, 0, 0) if y is None else y.stride()
+    if all(t is None or t.stride(2) == width * t.stride(3) for t in (x, y)):
+        height, width = 1, area  # without gaps between the rows, a map is one long row
+    axis = pixel_axis(x)
+    if axis == 0:
+        block_c = block(channels, 64, 16)
+        block_p = min(1024 // block_c, triton.next_power_of_2(width))
+    else:
+        block_p = block(width, 1024, 64)
+        block_c = min(1024 // block_p, triton.next_power_of_2(channels))
+    tiles, blocks_c = triton.cdiv(width, block_p), triton.cdiv(channels, block_c)
+    steps = 1
+    if reduce != Reduce.NONE:
+        steps = min(tiles, triton.cdiv(4 * batch * height * blocks_c * tiles, WARPS))
+    spans = triton.cdiv(tiles, max(steps, 1))
+    parts = empty_parts(x, batch * height * spans, reduce)
+    if batch:
+        stream_kernel[(batch * height * spans * blocks_c,)](
+            x, y, parts, mean, var, gamma, beta, eps, gate,
+            channels, height, width, spans, steps, 1 / area,
+            *x.stride(), *y_strides, 0 if gate is None else gate.stride(0),
+            ACT=act, REDUCE=reduce, BLOCK_P=block_p, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=4,
+        )  # fmt: skip
+    return finish(parts, batch, reduce)
+
+
+def dense(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors are small: a strided one is copied."""
+    return [None if v is None else v.contiguous() for v in vectors]
