@@ -2,7 +2,17 @@
 
 from effkernels import ops
 from effkernels.backends import use_backend
-from effkernels.nn import DepthwiseConvBNAct, FusedMBConv, MBConv, SqueezeExcite, Swish
+from effkernels.explain import explain
+from effkernels.nn import (
+    DepthwiseConvBNAct,
+    FusedMBConv,
+    MBConv,
+    SqueezeExcite,
+    Swish,
+    conversion_report,
+    convert,
+    revert,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11,6 +21,10 @@ __all__ = [
     "MBConv",
     "SqueezeExcite",
     "Swish",
+    "conversion_report",
+    "convert",
+    "explain",
     "ops",
+    "revert",
     "use_backend",
 ]

@@ -1,6 +1,19 @@
 """Modules built on the fused ops, and the swap of existing models to them."""
 
+from effkernels.nn.convert import ConversionReport, conversion_report, convert, revert
 from effkernels.nn.layers import DropPath
 from effkernels.nn.modules import ConvBNAct, DepthwiseConvBNAct, FusedMBConv, MBConv, SqueezeExcite, Swish
 
-__all__ = ["ConvBNAct", "DepthwiseConvBNAct", "DropPath", "FusedMBConv", "MBConv", "SqueezeExcite", "Swish"]
+__all__ = [
+    "ConvBNAct",
+    "ConversionReport",
+    "DepthwiseConvBNAct",
+    "DropPath",
+    "FusedMBConv",
+    "MBConv",
+    "SqueezeExcite",
+    "Swish",
+    "conversion_report",
+    "convert",
+    "revert",
+]

@@ -47,6 +47,16 @@ class Fused(nn.Module):
         return self.fused(found, x)
 
 
+class FusedBlock(Fused):
+    def fused(self, block: Block, x: Tensor) -> Tensor:
+        return run_block(block, x)
+
+
+class FusedSE(Fused):
+    def fused(self, se: SE, x: Tensor) -> Tensor:
+        return run_se(se, x)
+
+
 def run_block(block: Block, x: Tensor) -> Tensor:
     fixed = not any(parts.uses_batch_statistics(layer.bn) for layer in block.layers())
     inference = fixed and not (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from effkernels.nn import parts
-from effkernels.nn.fusion import Fused, run_block, run_conv, run_depthwise, run_se
+from effkernels.nn.fusion import Fused, FusedBlock, FusedSE, run_conv, run_depthwise
 from effkernels.nn.layers import Conv2dSame, DropPath
 from effkernels.nn.parts import SE, Block, Layer
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
@@ -116,15 +116,14 @@ class DepthwiseConvBNAct(ConvBNAct):
         super().__init__(channels, channels, kernel_size=kernel_size, stride=stride, groups=channels, **kwargs)
 
     def read_parts(self) -> Layer:
-        parts.depthwise(self.conv)
-        return super().read_parts()
+        return parts.depthwise_layer(*super().read_parts())
 
     def fused(self, layer: Layer, x: Tensor) -> Tensor:
         y: Tensor = run_depthwise(layer, x)
         return y
 
 
-class SqueezeExcite(Fused):
+class SqueezeExcite(FusedSE):
     """Squeeze-excite (arXiv:1709.01507): `effkernels.ops.squeeze_excite` with its parameters.
 
     Args:
@@ -169,15 +168,12 @@ class SqueezeExcite(Fused):
             parts.gate(self.gate),
         )
 
-    def fused(self, se: SE, x: Tensor) -> Tensor:
-        return run_se(se, x)
-
 
 def _read(module: Fused | None, cls: type[Fused]) -> Any:
     return None if module is None else parts.own(module, cls).read_parts()
 
 
-class _Block(Fused):
+class _Block(FusedBlock):
     """Children `expand`, `depthwise`, `se`, `project` in this order, those that it has, and `drop_path`."""
 
     expand: ConvBNAct | None
@@ -207,9 +203,6 @@ class _Block(Fused):
             self.drop_path,
             operator.iadd if self.has_shortcut else None,
         )
-
-    def fused(self, block: Block, x: Tensor) -> Tensor:
-        return run_block(block, x)
 
 
 class MBConv(_Block):

@@ -25,7 +25,7 @@ GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
 class Unfusable(Exception):
     """`module`, a part of a block, does something that the fused ops would skip."""
 
-    def __init__(self, module: nn.Module, reason: str) -> None:
+    def __init__(self, module: nn.Module | None, reason: str) -> None:
         super().__init__(f"{type(module).__qualname__} {reason}")
         self.module = module
         self.reason = reason
@@ -114,24 +114,24 @@ def pointwise(module: nn.Module) -> nn.Conv2d:
     return found
 
 
-def depthwise(module: nn.Module) -> nn.Conv2d:
-    found = conv(module)
-    k, stride = found.kernel_size[0], found.stride[0]
-    if not found.groups == found.in_channels == found.out_channels:
-        raise Unfusable(module, f"is not depthwise: {found.groups} groups of {found.in_channels} channels")
-    if found.kernel_size != (k, k) or k not in KERNEL_SIZES:
-        raise Unfusable(module, f"has kernel size {found.kernel_size}; the kernels have {KERNEL_SIZES}")
-    if found.stride != (stride, stride) or stride not in STRIDES:
-        raise Unfusable(module, f"has stride {found.stride}; the kernels have {STRIDES}")
-    if found.dilation != (1, 1):
-        raise Unfusable(module, f"has dilation {found.dilation}")
-    if found.bias is not None:
-        raise Unfusable(module, "has a bias")
-    if found.padding_mode != "zeros":
-        raise Unfusable(module, f"has padding mode {found.padding_mode!r}")
-    if found.padding == "valid" or found.padding[0] != found.padding[-1]:
-        raise Unfusable(module, f"has padding {found.padding}")
-    return found
+def depthwise_layer(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Layer:
+    """A layer whose convolution `dwconv_bn_swish` computes."""
+    k, stride = conv.kernel_size[0], conv.stride[0]
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        raise Unfusable(conv, f"is not depthwise: {conv.groups} groups of {conv.in_channels} channels")
+    if conv.kernel_size != (k, k) or k not in KERNEL_SIZES:
+        raise Unfusable(conv, f"has kernel size {conv.kernel_size}; the kernels have {KERNEL_SIZES}")
+    if conv.stride != (stride, stride) or stride not in STRIDES:
+        raise Unfusable(conv, f"has stride {conv.stride}; the kernels have {STRIDES}")
+    if conv.dilation != (1, 1):
+        raise Unfusable(conv, f"has dilation {conv.dilation}")
+    if conv.bias is not None:
+        raise Unfusable(conv, "has a bias")
+    if conv.padding_mode != "zeros":
+        raise Unfusable(conv, f"has padding mode {conv.padding_mode!r}")
+    if conv.padding == "valid" or conv.padding[0] != conv.padding[-1]:
+        raise Unfusable(conv, f"has padding {conv.padding}")
+    return Layer(conv, bn, activation)
 
 
 def projection(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Layer:

@@ -1,0 +1,1 @@
+"""Fused forms of other libraries' blocks: per library, one module with `CONVERTED`, from their classes to ours."""
