@@ -21,37 +21,46 @@ enum Activation : int {
   kHardsigmoid = 6,
 };
 
+// Each is s(z) or z s(z), with s either the logistic function or a line cut off at both ends.
+struct ActivationForm {
+  bool logistic, times_z;
+  float slope, offset, low, high;
+};
+
 // Internal linkage: a unit compiled for one instruction set must not offer its copy to the others.
-// NaN passes through every formula, as in PyTorch.
-static inline EFFK_HOST_DEVICE float clamp(float z, float low, float high) {
-  return z < low ? low : z > high ? high : z;
-}
-
-static inline EFFK_HOST_DEVICE float logistic(float z) {
-#ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, 1.0f + __expf(-z));
-#else
-  return 1.0f / (1.0f + expf(-z));
-#endif
-}
-
-static inline EFFK_HOST_DEVICE float activate(float z, int code) {
+static inline ActivationForm activation_form(int code) {
+  constexpr float kSixth = 1.0f / 6.0f;
   switch (code) {
     case kSilu:
-      return z * logistic(z);
+      return {true, true, 0, 0, 0, 0};
     case kRelu:
-      return z < 0.0f ? 0.0f : z;
+      return {false, false, 1, 0, 0, INFINITY};
     case kRelu6:
-      return clamp(z, 0.0f, 6.0f);
+      return {false, false, 1, 0, 0, 6};
     case kHardswish:
-      return z * clamp(z + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+      return {false, true, kSixth, 0.5f, 0, 1};
     case kSigmoid:
-      return logistic(z);
+      return {true, false, 0, 0, 0, 0};
     case kHardsigmoid:
-      return clamp(z + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+      return {false, false, kSixth, 0.5f, 0, 1};
     default:
-      return z;
+      return {false, false, 1, 0, -INFINITY, INFINITY};
   }
+}
+
+static inline EFFK_HOST_DEVICE float activate(float z, const ActivationForm& form) {
+  float s;
+  if (form.logistic) {
+#ifdef __CUDA_ARCH__
+    s = __fdividef(1.0f, 1.0f + __expf(-z));
+#else
+    s = 1.0f / (1.0f + expf(-z));
+#endif
+  } else {
+    s = form.slope * z + form.offset;
+    s = s < form.low ? form.low : s > form.high ? form.high : s;  // NaN stays
+  }
+  return form.times_z ? z * s : s;
 }
 
 }  // namespace effk

@@ -13,7 +13,7 @@ static inline bool is_channels_last(const int64_t* sizes, const int64_t* strides
     if (sizes[d] == 0 || strides[d] < at_least) return false;
     // [N, C, 1, 1] laid out as NCHW has these strides too.
     if (d == 0 && at_least == strides[1]) return false;
-    at_least = sizes[d] > 1 ? strides[d] * sizes[d] : strides[d];
+    at_least = strides[d] * sizes[d];
   }
   return true;
 }
