@@ -38,6 +38,7 @@ SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+INCLUDES = [f"-I{CSRC}", f"-I{CSRC / 'common'}"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Kernels may contract and vectorise, but keep NaN, infinities and the order of sums.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -202,7 +203,7 @@ def _tag(torch: Torch) -> str:
 def _read(folder: pathlib.Path) -> Build | None:
     try:
         return Build(folder, **json.loads((folder / "build.json").read_text()))
-    except FileNotFoundError:
+    except OSError:
         return None
 
 
@@ -270,7 +271,7 @@ def _gencode(arch: str) -> list[str]:
 def _write_ninja(torch: Torch, cxx: str, work: pathlib.Path, wanted: list[str]) -> None:
     torch_includes = ["-isystem", str(torch.folder / "include")]
     torch_link = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
-    cxx_flags = [*CXX_FLAGS, f"-I{CSRC}"]
+    cxx_flags = [*CXX_FLAGS, *INCLUDES]
     info: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.version,
@@ -314,14 +315,15 @@ def _write_ninja(torch: Torch, cxx: str, work: pathlib.Path, wanted: list[str]) 
         info |= {"nvcc": f"{nvcc_release(nvcc)} ({nvcc})", "nvcc_flags": flags, "cuda_arches": arches}
         lines += ["rule nvcc", f"  command = {shlex.quote(nvcc)} $flags -MD -MF $out.d -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc"]
-        flags = [*flags, *host, *STABLE_ABI, f"-I{CSRC}", *torch_includes]
+        flags = [*flags, *host, *STABLE_ABI, *INCLUDES, *torch_includes]
         objects = [compile("nvcc", source, flags) for source in sources("*/cuda.cu")]
         link("cuda", objects, [nvcc, "-ccbin", cxx], [*torch_link, "-ltorch_cuda"])
     if "introspection" in wanted:
         import pybind11
 
-        header = work / "build_info.h"
-        header.write_text(f'#pragma once\n#define EFFK_BUILD_INFO R"json({json.dumps(info)})json"\n')
+        header, content = work / "build_info.h", f'#define EFFK_BUILD_INFO R"json({json.dumps(info)})json"\n'
+        if not header.exists() or header.read_text() != content:
+            header.write_text(content)
         includes = [f"-I{work}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
         objects = [
             compile("cxx", source, [*cxx_flags, *includes])
