@@ -147,12 +147,9 @@ def build(torch: Torch, *, unless_done: bool = False) -> Build:
     if tuple(map(int, torch.version.split(".")[:2])) < MINIMUM_TORCH:
         return _nothing(f"needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.version}")
     if cxx is None:
-        return _nothing(
-            "no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or clang++, or name one in CXX;"
-            " the next import compiles"
-        )
+        return _nothing("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or clang++, or set CXX")
     if ninja is None:
-        return _nothing("ninja is not installed: pip install ninja; the next import compiles")
+        return _nothing("ninja is not installed: pip install ninja")
     base = (HOME if CHECKOUT and os.access(HOME.parent, os.W_OK) else CACHE) / _tag(torch)
     with _lock(base):
         key = source_hash()
@@ -221,7 +218,7 @@ def _why_no_cuda(torch: Torch) -> str | None:
         return f"torch {torch.version} is not a CUDA build"
     nvcc = find_nvcc()
     if nvcc is None:
-        return f"no nvcc: install the CUDA toolkit {torch.cuda}, or name its folder in CUDA_HOME"
+        return f"no nvcc: install the CUDA toolkit {torch.cuda}, or set CUDA_HOME"
     release = nvcc_release(nvcc)
     if release.split(".")[0] != torch.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {release}, but torch {torch.version} of CUDA {torch.cuda}"

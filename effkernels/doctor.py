@@ -43,7 +43,7 @@ def _machine() -> dict[str, str]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "triton": _version("triton"),
-        "C++ compiler": cxx or "none: install g++ (Debian, Ubuntu: apt install g++) or clang++, or name one in CXX",
+        "C++ compiler": cxx or "none",
         "nvcc": f"{_build.nvcc_release(nvcc)} ({nvcc})" if nvcc else "none",
         "GPU": ", ".join(map(_gpu, range(torch.cuda.device_count()))) or "none that torch can use",
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",

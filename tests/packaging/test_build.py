@@ -164,7 +164,7 @@ def test_old_torch(tree):
 
 def test_no_nvcc(tree, monkeypatch):
     monkeypatch.setattr(tree, "find_nvcc", lambda: None)
-    assert tree._why_no_cuda(CUDA) == "no nvcc: install the CUDA toolkit 13.0, or name its folder in CUDA_HOME"
+    assert tree._why_no_cuda(CUDA) == "no nvcc: install the CUDA toolkit 13.0, or set CUDA_HOME"
 
 
 def test_nvcc_of_another_cuda(tree, monkeypatch, tmp_path):
