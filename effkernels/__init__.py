@@ -1,6 +1,6 @@
 """Fused kernels for EfficientNet-style networks."""
 
-from effkernels import ops
+from effkernels import models, ops
 from effkernels.backends import use_backend
 from effkernels.explain import explain
 from effkernels.nn import (
@@ -24,6 +24,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "explain",
+    "models",
     "ops",
     "revert",
     "use_backend",
