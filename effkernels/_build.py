@@ -62,7 +62,6 @@ class Build(NamedTuple):
 
     folder: pathlib.Path | None
     missing: dict[str, str | None]
-    nvcc: str | None = None
 
     def library(self, name: str) -> pathlib.Path:
         assert self.folder is not None
@@ -74,6 +73,7 @@ LIBRARIES = {
     "cuda": "libeffkernels_cuda.so",
     "introspection": "_introspection" + sysconfig.get_config_var("EXT_SUFFIX"),
 }
+FAILED = "does not compile"
 
 
 def isas() -> dict[str, list[str]]:
@@ -163,7 +163,7 @@ def _build(torch: Torch, cxx: str, ninja: str, base: pathlib.Path, key: str) -> 
     print(f"effkernels: compiling its kernels in {base} ...", file=sys.stderr, flush=True)
     work = base / "work"
     work.mkdir(exist_ok=True)
-    missing = {"cpu": None, "cuda": _why_no_cuda(torch), "introspection": _why_no_introspection()}
+    missing = {library: _obstacle(library, torch) for library in LIBRARIES}
     wanted = [name for name, reason in missing.items() if reason is None]
     _discard_misdated(work)
     _write_ninja(torch, cxx, work, wanted)
@@ -180,15 +180,15 @@ def _build(torch: Torch, cxx: str, ninja: str, base: pathlib.Path, key: str) -> 
         if "no work to do" in query.stdout:
             shutil.copy2(work / LIBRARIES[name], partial)
         else:
-            missing[name] = f"does not compile, see {folder / 'build.log'}"
+            missing[name] = f"{FAILED}, see {folder / 'build.log'}"
     (partial / "build.log").write_text(outcome.stdout)
-    (partial / "build.json").write_text(json.dumps({"missing": missing, "nvcc": find_nvcc()}, indent=1))
+    (partial / "build.json").write_text(json.dumps(missing, indent=1))
     for old in base.iterdir():
         if old not in (work, partial) and old.is_dir():
             shutil.rmtree(old, ignore_errors=True)
     partial.rename(folder)
     print(f"effkernels: compiled in {time.time() - started:.0f} s", file=sys.stderr, flush=True)
-    return Build(folder, missing, find_nvcc())
+    return Build(folder, missing)
 
 
 def _tag(torch: Torch) -> str:
@@ -199,18 +199,26 @@ def _tag(torch: Torch) -> str:
 
 def _read(folder: pathlib.Path) -> Build | None:
     try:
-        return Build(folder, **json.loads((folder / "build.json").read_text()))
+        return Build(folder, json.loads((folder / "build.json").read_text()))
     except OSError:
         return None
 
 
 def _worth_retrying(found: Build, torch: Torch) -> bool:
-    """Whether the CUDA library was left out for want of an nvcc, and there is another nvcc now."""
-    return bool(found.missing["cuda"] and torch.cuda and find_nvcc() not in (None, found.nvcc))
+    """Whether a library was left out for a reason that holds no longer."""
+    left_out = [name for name, reason in found.missing.items() if reason and not reason.startswith(FAILED)]
+    return any(_obstacle(name, torch) is None for name in left_out)
 
 
 def _nothing(reason: str) -> Build:
     return Build(None, dict.fromkeys(LIBRARIES, reason))
+
+
+def _obstacle(library: str, torch: Torch) -> str | None:
+    """Why `library` need not be tried."""
+    if library == "cuda":
+        return _why_no_cuda(torch)
+    return _why_no_introspection() if library == "introspection" else None
 
 
 def _why_no_cuda(torch: Torch) -> str | None:

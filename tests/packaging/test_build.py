@@ -174,15 +174,15 @@ def test_nvcc_of_another_cuda(tree, monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_a_new_nvcc_is_tried(tree, monkeypatch, tmp_path):
-    monkeypatch.setattr(tree, "find_nvcc", lambda: None)
-    first = tree.ensure(CUDA)
-    assert first.missing["cuda"].startswith("no nvcc")
-    nvcc = fake(tmp_path, "nvcc", "release 12.8")
-    monkeypatch.setattr(tree, "find_nvcc", lambda: nvcc)
-    second = tree.ensure(CUDA)
-    assert second.missing["cuda"].startswith(f"{nvcc} is of CUDA 12.8")
-    assert second.missing["cpu"] is None
+def test_a_reason_that_holds_no_longer_is_noticed(tree, monkeypatch):
+    monkeypatch.setattr(tree, "_why_no_introspection", lambda: "no Python.h")
+    first = tree.ensure(CPU)
+    assert first.missing["introspection"] == "no Python.h"
+    assert compiled(first) == ["cpu.cpp", "cpu_kernel.cpp"]
+    monkeypatch.setattr(tree, "_why_no_introspection", lambda: None)
+    second = tree.ensure(CPU)
+    assert second.missing["introspection"] is None
+    assert compiled(second) == ["module.cpp"]
 
 
 def test_arch_list(tree, monkeypatch, tmp_path):
