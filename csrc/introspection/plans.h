@@ -1,0 +1,68 @@
+// Launch plans as Python objects. Tensors come in as (address, sizes, strides).
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+
+#include "common/launch.h"
+#include "common/transform.h"
+
+namespace effk::introspection {
+
+namespace py = pybind11;
+
+using Address = uintptr_t;
+using MapArgument = std::tuple<Address, std::array<int64_t, 4>, std::array<int64_t, 4>>;
+
+inline Dtype dtype_from(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "float16") return Dtype::kFloat16;
+  if (name == "bfloat16") return Dtype::kBFloat16;
+  throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
+}
+
+inline Map map_from(const MapArgument& argument) {
+  const auto& [address, size, stride] = argument;
+  return {reinterpret_cast<void*>(address), size[0],   size[1],   size[2],  size[3],
+          stride[0],                        stride[1], stride[2], stride[3]};
+}
+
+// Addresses of mean, var, gamma and beta (0: none), eps, the bits of those in float32, the activation's code.
+using TransformArgument = std::tuple<std::array<Address, 4>, float, uint32_t, int>;
+
+inline Transform transform_from(const TransformArgument& argument) {
+  const auto& [data, eps, float32, activation] = argument;
+  const auto pointer = [&](int i) { return reinterpret_cast<const void*>(data[i]); };
+  return make_transform(pointer(0), pointer(1), pointer(2), pointer(3), eps, float32, activation);
+}
+
+// {kernel, grid, block, shared_bytes, params}: a C++ name, three numbers, and the kernel's only argument as bytes.
+template <class Instance, class Params>
+py::dict to_dict(const Launch<Instance, Params>& launch) {
+  py::dict dict;
+  dict["kernel"] = kernel_name(launch.instance);
+  dict["grid"] = launch.grid;
+  dict["block"] = launch.block;
+  dict["shared_bytes"] = launch.shared_bytes;
+  dict["params"] = py::bytes(reinterpret_cast<const char*>(&launch.params), sizeof(Params));
+  return dict;
+}
+
+// {launches, workspace_floats}
+template <class Plan>
+py::dict to_dict(Plan& plan, Address sums, Address workspace) {
+  plan.reduce_into(reinterpret_cast<float*>(sums), reinterpret_cast<float*>(workspace));
+  py::list launches;
+  launches.append(to_dict(plan.main));
+  if (plan.merge) launches.append(to_dict(*plan.merge));
+  py::dict dict;
+  dict["launches"] = launches;
+  dict["workspace_floats"] = plan.workspace_floats;
+  return dict;
+}
+
+}  // namespace effk::introspection
