@@ -21,7 +21,7 @@ HARDSIGMOID = tl.constexpr(Activation.HARDSIGMOID.value)
 MEAN = tl.constexpr(Reduce.MEAN.value)
 STATISTICS = tl.constexpr(Reduce.STATISTICS.value)
 
-WARPS = 8192  # fills the largest current GPU: where more could run, each takes more pixels instead
+WARPS = 8192  # the most that a current GPU runs at a time: a reduction's programs take more pixels beyond that
 
 
 def pixel_axis(x: Tensor) -> int:
@@ -37,12 +37,12 @@ def block(extent: int, limit: int, least: int) -> int:
 
 
 @triton.jit
-def channel_block(channels, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr):
-    """This program's channels, and its number among the programs that work on the same channels."""
+def channel_block(channels, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr):
+    """This program's channels, of which a thread takes up to VECTOR in a row, and its number among their programs."""
     # Channels come first: programs that run together read the same rows, which share sectors in channels_last.
     blocks = tl.cdiv(channels, BLOCK_C)
     pid = tl.program_id(0)
-    offs_c = (pid % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.max_contiguous((pid % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C), VECTOR)
     return tl.expand_dims(offs_c, PIXEL_AXIS), pid // blocks
 
 
@@ -95,10 +95,10 @@ def norm_act(z, norm, code: tl.constexpr):
 
 
 @triton.jit
-def reduce_start(zeros, REDUCE: tl.constexpr):
+def reduce_start(zeros, pixels, REDUCE: tl.constexpr):
     """The running reduction of each lane of a tile: nothing, a sum, or count, mean and squared deviations."""
     if REDUCE == STATISTICS:
-        state = (zeros, zeros, zeros)
+        state = (tl.zeros_like(pixels).to(tl.float32), zeros, zeros)
     elif REDUCE == MEAN:
         state = (zeros,)
     else:
@@ -108,7 +108,7 @@ def reduce_start(zeros, REDUCE: tl.constexpr):
 
 @triton.jit
 def reduce_add(state, y, mask, REDUCE: tl.constexpr):
-    """Take in the values `y` as they were stored."""
+    """Take in the values `y` as they were stored, where the pixels' `mask` says so."""
     if REDUCE == STATISTICS:  # Welford
         count, mean, m2 = state
         y = tl.where(mask, y.to(tl.float32), mean)
@@ -145,7 +145,7 @@ def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
 
 @triton.jit
 def merge_statistics_kernel(parts_ptr, stats_ptr, parts, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    offs_c, _ = channel_block(channels, BLOCK_C, 0)
+    offs_c, _ = channel_block(channels, 1, BLOCK_C, 0)
     mask_c = offs_c < channels
     count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     mean = count
@@ -195,7 +195,7 @@ def stream_kernel(
     ACT: tl.constexpr, REDUCE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr,
 ):  # fmt: skip
-    offs_c, part = channel_block(channels, BLOCK_C, PIXEL_AXIS)
+    offs_c, part = channel_block(channels, 8, BLOCK_C, PIXEL_AXIS)
     mask_c = offs_c < channels
     first = part % spans * steps
     row = (part // spans % height).to(tl.int64)
@@ -208,7 +208,7 @@ def stream_kernel(
         y_ptrs = y_ptr + n * y_stride_n + offs_c * y_stride_c + row * y_stride_h
     pixels = tl.expand_dims(tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
     zeros = tl.zeros((BLOCK_P, BLOCK_C) if PIXEL_AXIS == 0 else (BLOCK_C, BLOCK_P), tl.float32)
-    state = reduce_start(zeros, REDUCE)
+    state = reduce_start(zeros, pixels, REDUCE)
     for step in range(first, first + steps):
         offs_p = tl.cast(step, tl.int64) * BLOCK_P + pixels
         mask = (offs_p < width) & mask_c
@@ -218,7 +218,7 @@ def stream_kernel(
         y = y.to(x_ptr.dtype.element_ty)
         if y_ptr is not None:
             tl.store(y_ptrs + offs_p * y_stride_w, y, mask)
-        state = reduce_add(state, y, mask, REDUCE)
+        state = reduce_add(state, y, offs_p < width, REDUCE)
     reduce_store(state, parts_ptr, part, channels, offs_c, mask_c, share, PIXEL_AXIS, REDUCE)
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._triton import (
-    WARPS,
     block,
     channel_block,
     dense,
@@ -19,6 +18,8 @@ from effkernels.ops._triton import (
     reduce_start,
     reduce_store,
 )
+
+WARPS = 4096  # about twice what fits a large GPU at these kernels' register counts: beyond that, bands get higher
 
 
 @triton.jit
@@ -37,9 +38,8 @@ def dwconv_kernel(
     as a tile cannot be shifted: a prologue is computed K times, not once.
     """
     OPEN: tl.constexpr = (K + STRIDE - 1) // STRIDE
-    offs_c, part = channel_block(channels, BLOCK_C, PIXEL_AXIS)
-    # A thread keeps K * K weights for each of its channels, so it takes no more than VECTOR of them.
-    offs_c = tl.max_contiguous(offs_c, [VECTOR, VECTOR])
+    # A thread keeps K * K weights for each of its channels: VECTOR is small.
+    offs_c, part = channel_block(channels, VECTOR, BLOCK_C, PIXEL_AXIS)
     mask_c = offs_c < channels
     blocks_w = tl.cdiv(out_w, BLOCK_W)
     out_col = tl.expand_dims(part % blocks_w * BLOCK_W + tl.arange(0, BLOCK_W), 1 - PIXEL_AXIS)
@@ -60,7 +60,7 @@ def dwconv_kernel(
     rows = ()
     for _ in tl.static_range(OPEN):
         rows = rows + (zeros,)
-    state = reduce_start(zeros, REDUCE)
+    state = reduce_start(zeros, out_col, REDUCE)
 
     for step in range(first, last + OPEN - 1):
         for j in tl.static_range(STRIDE):
@@ -79,35 +79,35 @@ def dwconv_kernel(
                         updated = updated + (rows[i],)
                 rows = updated
         out_row = step - (OPEN - 1)
-        mask = (out_row >= first) & (out_col < out_w) & mask_c
-        y = norm_act(rows[0], norm2, ACT2).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptrs + tl.cast(out_row, tl.int64) * y_stride_h, y, mask)
-        state = reduce_add(state, y, mask, REDUCE)
+        if out_row >= first:
+            y = norm_act(rows[0], norm2, ACT2).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptrs + tl.cast(out_row, tl.int64) * y_stride_h, y, (out_col < out_w) & mask_c)
+            state = reduce_add(state, y, out_col < out_w, REDUCE)
         rows = rows[1:] + (zeros,)
     reduce_store(state, parts_ptr, part, channels, offs_c, mask_c, share, PIXEL_AXIS, REDUCE)
 
 
-def tile(x: Tensor, out_w: int) -> dict[str, int]:
-    """Columns and channels of a program, and its warps: a thread holds up to 8 outputs of up to 2 channels a row."""
-    vector = 2
+def tile(x: Tensor, k: int, out_w: int) -> dict[str, int]:
+    """Columns and channels of a program, and its warps, such that no instance spills registers."""
     axis = pixel_axis(x)
     if axis == 0:
-        block_w = block(out_w, 32, 8)
-        block_c = block(x.shape[1], min(1024 // block_w, 64), 16)
+        # A thread holds 8 outputs of each row that is open, or 4.
+        size = 1024 if k == 3 else 512
+        block_w = block(out_w, size // 32, 8)
+        block_c = block(x.shape[1], min(size // block_w, 64), 16)
         warps = 4
     else:
-        # Whole rows where they fit; one warp, so that the lanes run along them and keep to their channels.
+        # Whole rows where they fit; one warp, so that its lanes run along a row and share channels.
         block_w = block(out_w, 128, 16)
-        block_c = min(vector * max(32 // block_w, 1), triton.next_power_of_2(x.shape[1]))
+        block_c = min(2 * max(32 // block_w, 1), triton.next_power_of_2(x.shape[1]))
         warps = 1
-    return dict(BLOCK_W=block_w, BLOCK_C=block_c, PIXEL_AXIS=axis, VECTOR=vector, num_warps=warps)
+    return dict(BLOCK_W=block_w, BLOCK_C=block_c, PIXEL_AXIS=axis, VECTOR=2, num_warps=warps)
 
 
-def band(out_h: int, open_rows: int, programs: int, warps: int) -> int:
-    """Output rows of a program, where a band as high as the map would make `programs`."""
-    # The rows above a band are read again, and its first outputs begun in vain: it is at least twice as high as they.
-    wanted = max(WARPS // max(programs * warps, 1), 1)
-    rows = min(max(triton.cdiv(out_h, wanted), 2 * (open_rows - 1)), out_h)
+def band(out_h: int, open_rows: int, warps: int) -> int:
+    """Output rows of a program, where a band as high as the map would make `warps` warps."""
+    # The rows above a band are read again, and outputs of the band above begun in vain: it is twice as high or more.
+    rows = max(triton.cdiv(out_h * warps, WARPS), 2 * (open_rows - 1))
     return triton.cdiv(out_h, triton.cdiv(out_h, rows))
 
 
@@ -120,9 +120,9 @@ def dwconv(
     batch, channels, height, width = x.shape
     k = weight.shape[2]
     y = empty_map(x, (batch, channels, out_h, out_w))
-    shape = tile(x, out_w)
+    shape = tile(x, k, out_w)
     blocks_w, blocks_c = triton.cdiv(out_w, shape["BLOCK_W"]), triton.cdiv(channels, shape["BLOCK_C"])
-    band_rows = band(out_h, triton.cdiv(k, stride), batch * blocks_w * blocks_c, shape["num_warps"])
+    band_rows = band(out_h, triton.cdiv(k, stride), batch * blocks_w * blocks_c * shape["num_warps"])
     bands = triton.cdiv(out_h, band_rows)
     parts = empty_parts(x, batch * bands * blocks_w, reduce)
     if batch:
