@@ -160,7 +160,7 @@ def build(torch: Torch, *, unless_done: bool = False) -> Build:
 
 def _build(torch: Torch, cxx: str, ninja: str, base: pathlib.Path, key: str) -> Build:
     started = time.time()
-    print(f"effkernels: compiling its kernels in {base} ...", file=sys.stderr, flush=True)
+    print(f"effkernels: compiling its kernels, for a minute or more, in {base}", file=sys.stderr, flush=True)
     work = base / "work"
     work.mkdir(exist_ok=True)
     missing = {library: _obstacle(library, torch) for library in LIBRARIES}
