@@ -40,6 +40,13 @@ def same_dtype(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
         raise TypeError(f"{op}: {name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
 
 
+def parameter_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """A per-channel parameter has the dtype of `x`; beside 16-bit maps float32 is accepted too."""
+    accepted = [x.dtype] if x.dtype.itemsize > 2 else [x.dtype, torch.float32]
+    if tensor.dtype not in accepted:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, accepted))} as x is, got {tensor.dtype}")
+
+
 def code(op: str, name: str, value: str, accepted: dict[str, int]) -> int:
     """The code of an activation or gate given by name."""
     if value not in accepted:
@@ -61,8 +68,8 @@ def batch_norm(
     tensors = dict(bn_weight=weight, bn_bias=bias, running_mean=running_mean, running_var=running_var)
     for name, tensor in tensors.items():
         shaped(op, name, tensor, [channels], x)
-        if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
-            raise TypeError(f"{op}: {name} must be float32 or {x.dtype}, got {tensor.dtype}")
+        if tensor is not None:
+            parameter_dtype(op, name, tensor, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var must both be tensors or both be None")
     if not training and running_mean is None:

@@ -1,6 +1,5 @@
 """Squeeze-excite (arXiv:1709.01507): scale each channel by a gate computed from all channels' means."""
 
-import torch
 from torch import Tensor
 
 from effkernels import backends
@@ -96,8 +95,7 @@ def _arguments(
     _checks.shaped(name, "expand_weight", expand_weight, [channels, reduced], x)
     _checks.shaped(name, "expand_bias", expand_bias, [channels], x)
     _checks.shaped(name, "pooled", pooled, x.shape[:2], x)
-    if reduce_weight.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"{name}: reduce_weight must be float32 or {x.dtype}, got {reduce_weight.dtype}")
+    _checks.parameter_dtype(name, "reduce_weight", reduce_weight, x)
     others = dict(reduce_bias=reduce_bias, expand_weight=expand_weight, expand_bias=expand_bias)
     for other, tensor in others.items():
         if tensor is not None:

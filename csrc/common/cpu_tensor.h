@@ -1,0 +1,196 @@
+// Between PyTorch's tensors (stable ABI) and the torch-free CPU kernels.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "activation.h"
+#include "cpu_types.h"
+#include "layout.h"
+
+namespace effk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Double: return Dtype::kFloat64;
+    default: throw std::invalid_argument("effkernels: x must be float32, float16, bfloat16 or float64");
+  }
+}
+
+// Means, variances and other per-channel sums are at least float32.
+inline ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline size_t compute_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float); }
+
+inline Map map_of(const Tensor& x) {
+  const auto size = x.sizes(), stride = x.strides();
+  return {x.const_data_ptr(), size[0], size[1], size[2], size[3], stride[0], stride[1], stride[2], stride[3]};
+}
+
+inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, const int64_t* strides,
+                            ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// An uninitialised map of the dtype and layout of x.
+inline Tensor empty_map(const Tensor& x, int64_t h, int64_t w, bool channels_last) {
+  const int64_t sizes[] = {x.size(0), x.size(1), h, w};
+  int64_t strides[4];
+  dense_strides(sizes, channels_last, strides);
+  return empty_strided(x, {sizes[0], sizes[1], h, w}, strides, x.scalar_type());
+}
+
+inline Tensor empty_vector(const Tensor& x, int64_t n, ScalarType dtype) {
+  const int64_t stride = 1;
+  return empty_strided(x, {n}, &stride, dtype);
+}
+
+inline Tensor empty_matrix(const Tensor& x, int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t strides[] = {columns, 1};
+  return empty_strided(x, {rows, columns}, strides, dtype);
+}
+
+inline bool is_channels_last(const Tensor& x) { return is_channels_last(x.sizes().data(), x.strides().data()); }
+
+// Calls f(pointer to const storage type) for a small tensor of any floating dtype.
+template <class F>
+auto with_data(const Tensor& t, F f) {
+  const void* data = t.const_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<const float*>(data));
+    case ScalarType::Half: return f(static_cast<const c10::Half*>(data));
+    case ScalarType::BFloat16: return f(static_cast<const c10::BFloat16*>(data));
+    default: return f(static_cast<const double*>(data));
+  }
+}
+
+// The elements of a small vector or dense matrix as double.
+inline std::vector<double> to_double(const Tensor& t) {
+  std::vector<double> out(t.numel());
+  const int64_t stride = t.dim() == 1 ? t.stride(0) : 1;
+  with_data(t, [&](auto* data) {
+    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<double>(data[static_cast<int64_t>(i) * stride]);
+  });
+  return out;
+}
+
+// BatchNorm as scale and shift per channel, in the dtype that the kernels compute in.
+class FoldedNorm {
+ public:
+  FoldedNorm(const std::optional<Tensor>& mean, const std::optional<Tensor>& var, const std::optional<Tensor>& gamma,
+             const std::optional<Tensor>& beta, double eps, int64_t activation, Dtype dtype)
+      : activation_(static_cast<int32_t>(activation)) {
+    if (!mean) return;
+    const auto m = to_double(*mean), v = to_double(*var);
+    const auto g = gamma ? to_double(*gamma) : std::vector<double>(m.size(), 1.0);
+    const auto b = beta ? to_double(*beta) : std::vector<double>(m.size(), 0.0);
+    channels_ = m.size();
+    dtype == Dtype::kFloat64 ? fold<double>(m, v, g, b, eps) : fold<float>(m, v, g, b, eps);
+  }
+
+  Affine affine() const {
+    if (values_.empty()) return {nullptr, nullptr, activation_};
+    return {values_.data(), values_.data() + values_.size() / 2, activation_};
+  }
+
+ private:
+  template <class C>
+  void fold(const std::vector<double>& mean, const std::vector<double>& var, const std::vector<double>& gamma,
+            const std::vector<double>& beta, double eps) {
+    values_.resize(2 * channels_ * sizeof(C));
+    C* scale = reinterpret_cast<C*>(values_.data());
+    for (size_t c = 0; c < channels_; ++c) {
+      const double s = gamma[c] / std::sqrt(var[c] + eps);
+      scale[c] = static_cast<C>(s);
+      scale[channels_ + c] = static_cast<C>(beta[c] - mean[c] * s);
+    }
+  }
+
+  int32_t activation_;
+  size_t channels_ = 0;
+  std::vector<char> values_;
+};
+
+// Scratch memory of this thread, kept between calls. `slot` tells apart buffers in use at once.
+template <int slot>
+void* scratch(size_t bytes) {
+  struct Buffer {
+    std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
+    size_t size = 0;
+  };
+  static thread_local Buffer buffer;
+  if (bytes > buffer.size) {
+    buffer.size = (bytes + 63) / 64 * 64;
+    buffer.data.reset(std::aligned_alloc(64, buffer.size));
+    if (!buffer.data) throw std::bad_alloc();
+  }
+  return buffer.data.get();
+}
+
+// Merges the partial sums [n, bands, 2, c] of a kernel, in a fixed order: a mean over each image's map [n, c], or
+// batch statistics [2, c] by Chan et al.'s update. `count(band)` is the number of values behind a band's sums.
+template <class Count>
+Tensor merge_partials(const Tensor& x, const double* partials, int64_t bands, Reduce reduce, Count count) {
+  const int64_t n = x.size(0), c = x.size(1);
+  const ScalarType dtype = statistics_dtype(x);
+  Tensor out = empty_matrix(x, reduce == Reduce::kMean ? n : 2, c, dtype);
+  auto merge = [&](auto* result) {
+    using C = std::remove_reference_t<decltype(*result)>;
+    std::vector<double> mean(c), squares(c);
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (reduce == Reduce::kMean) {
+        total = 0;
+        mean.assign(c, 0.0);
+      }
+      for (int64_t b = 0; b < bands; ++b) {
+        const double *first = partials + (i * bands + b) * 2 * c, *second = first + c, m = count(b);
+        total += m;
+        for (int64_t j = 0; j < c; ++j) {
+          if (reduce == Reduce::kMean) {
+            mean[j] += first[j];
+          } else {
+            const double delta = first[j] - mean[j];
+            squares[j] += second[j] + delta * delta * (m * (total - m) / total);
+            mean[j] += delta * (m / total);
+          }
+        }
+      }
+      if (reduce == Reduce::kMean)
+        for (int64_t j = 0; j < c; ++j) result[i * c + j] = static_cast<C>(mean[j] / total);
+    }
+    if (reduce == Reduce::kStatistics)
+      for (int64_t j = 0; j < c; ++j) {
+        result[j] = static_cast<C>(total > 0 ? mean[j] : NAN);
+        result[c + j] = static_cast<C>(total > 0 ? squares[j] / total : NAN);
+      }
+  };
+  void* data = out.mutable_data_ptr();
+  dtype == ScalarType::Double ? merge(static_cast<double*>(data)) : merge(static_cast<float*>(data));
+  return out;
+}
+
+}  // namespace effk

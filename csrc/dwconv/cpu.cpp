@@ -1,0 +1,57 @@
+// effkernels::dwconv.cpp, the depthwise convolution on the CPU.
+#include "cpu_kernel.h"
+#include "cpu_tensor.h"
+
+namespace effk {
+namespace {
+
+std::tuple<Tensor, Tensor> dwconv(
+    const Tensor& x, const Tensor& weight, std::optional<Tensor> mean1, std::optional<Tensor> var1,
+    std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1, int64_t act1, std::optional<Tensor> mean2,
+    std::optional<Tensor> var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
+    int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h, int64_t out_w, int64_t reduce) {
+  const Dtype dtype = dtype_of(x);
+  const FoldedNorm prologue(mean1, var1, gamma1, beta1, eps1, act1, dtype);
+  const FoldedNorm epilogue(mean2, var2, gamma2, beta2, eps2, act2, dtype);
+  const bool channels_last = is_channels_last(x);
+  const Tensor filter = torch::stable::contiguous(weight);  // small
+  const Tensor y = empty_map(x, out_h, out_w, channels_last);
+
+  DwconvParams p{};
+  p.dtype = dtype;
+  p.x = map_of(x);
+  p.weight = filter.const_data_ptr();
+  p.kernel_size = static_cast<int32_t>(weight.size(2));
+  p.stride = static_cast<int32_t>(stride);
+  p.pad_top = pad_top;
+  p.pad_left = pad_left;
+  p.prologue = prologue.affine();
+  p.epilogue = epilogue.affine();
+  p.y = y.mutable_data_ptr();
+  p.channels_last = channels_last;
+  p.out_h = out_h;
+  p.out_w = out_w;
+  p.reduce = static_cast<Reduce>(reduce);
+
+  EFFK_CPU_FUNCTION(dwconv_plan)(p);
+  const size_t element = compute_size(dtype);
+  p.packed = scratch<0>(p.packed_size * element);
+  std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : x.size(0) * p.bands * 2 * x.size(1));
+  p.partials = partials.data();
+  EFFK_CPU_FUNCTION(dwconv_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(dwconv_run);
+  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.scratch_size * element));
+  });
+
+  if (p.reduce == Reduce::kNone) return {y, empty_vector(x, 0, statistics_dtype(x))};
+  const auto values = [&](int64_t band) {
+    return static_cast<double>(std::min(p.band_rows, p.out_h - band * p.band_rows) * p.out_w);
+  };
+  return {y, merge_partials(x, p.partials, p.bands, p.reduce, values)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) { m.impl("dwconv.cpp", TORCH_BOX(&dwconv)); }
+
+}  // namespace
+}  // namespace effk

@@ -1,0 +1,53 @@
+// effkernels::spatial_mean.cpp, effkernels::se_gate.cpp and effkernels::channel_scale.cpp, squeeze-excite on the CPU.
+#include "../map_pass/cpu.h"
+#include "cpu_kernel.h"
+
+namespace effk {
+namespace {
+
+Tensor spatial_mean(const Tensor& x) {
+  return *std::get<1>(map_pass(x, {nullptr, nullptr, kIdentity}, 0, false, Reduce::kMean));
+}
+
+Tensor se_gate(const Tensor& pooled, const Tensor& w1, std::optional<Tensor> b1, const Tensor& w2,
+               std::optional<Tensor> b2, int64_t act, int64_t gate) {
+  // All small: dense copies cost nothing beside a pass over a map.
+  auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
+  const Tensor in = dense(pooled), v1 = dense(w1), v2 = dense(w2);
+  const std::optional<Tensor> c1 = b1 ? std::optional(dense(*b1)) : std::nullopt;
+  const std::optional<Tensor> c2 = b2 ? std::optional(dense(*b2)) : std::nullopt;
+  const Tensor out = empty_matrix(pooled, pooled.size(0), pooled.size(1), pooled.scalar_type());
+
+  SeGateParams p{};
+  p.weight_dtype = dtype_of(w1);
+  p.pooled = in.const_data_ptr();
+  p.w1 = v1.const_data_ptr();
+  p.b1 = c1 ? c1->const_data_ptr() : nullptr;
+  p.w2 = v2.const_data_ptr();
+  p.b2 = c2 ? c2->const_data_ptr() : nullptr;
+  p.out = out.mutable_data_ptr();
+  p.c = pooled.size(1);
+  p.r = w1.size(0);
+  p.activation = static_cast<int32_t>(act);
+  p.gate = static_cast<int32_t>(gate);
+  const auto run = EFFK_CPU_FUNCTION(se_gate_run);
+  torch::stable::parallel_for(0, pooled.size(0), 1, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.r * sizeof(double)));
+  });
+  return out;
+}
+
+Tensor channel_scale(const Tensor& x, const Tensor& gate) {
+  const Tensor g = torch::stable::contiguous(gate);
+  const Affine affine{g.const_data_ptr(), nullptr, kIdentity};
+  return *std::get<0>(map_pass(x, affine, x.size(1), true, Reduce::kNone));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
+  m.impl("spatial_mean.cpp", TORCH_BOX(&spatial_mean));
+  m.impl("se_gate.cpp", TORCH_BOX(&se_gate));
+  m.impl("channel_scale.cpp", TORCH_BOX(&channel_scale));
+}
+
+}  // namespace
+}  // namespace effk
