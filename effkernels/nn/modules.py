@@ -67,7 +67,7 @@ class ConvBNAct(Fused):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = _padding(type(self).__qualname__, padding, kernel_size)
-        uneven = padding == "same" and stride > 1
+        uneven = padding == "same" and (stride > 1 or kernel_size % 2 == 0)
         cls = Conv2dSame if uneven else nn.Conv2d
         self.conv = cls(
             in_channels,

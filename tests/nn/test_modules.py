@@ -182,6 +182,7 @@ def test_same_padding_is_tensorflows():
     layer = ConvBNAct(16, 8, kernel_size=3, stride=2, padding="same")
     expected = F.conv2d(F.pad(x, (1, 1, 0, 1)), layer.conv.weight, stride=2)
     assert torch.equal(layer.conv(x), expected)
+    assert ConvBNAct(16, 8, kernel_size=2, padding="same")(x).shape == (2, 8, 8, 9)
 
 
 def test_an_image_without_batch_dimension_is_squeezed_too(backend):
