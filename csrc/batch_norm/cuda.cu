@@ -1,19 +1,19 @@
-// effkernels::bn_statistics and bn_apply on CUDA: both are pointwise passes.
-#include "common/cuda_pointwise.h"
+// effkernels::bn_statistics and bn_apply on CUDA: both are one pass over a map.
+#include "map_pass/cuda.h"
 
 namespace effk::batch_norm {
 namespace {
 
 Tensor bn_statistics(Tensor x) {
-  pointwise::Problem q = pointwise::make_problem(x);
+  map_pass::Problem q = map_pass::make_problem(x);
   q.reduce = Reduce::kStatistics;
   const DeviceGuard guard(x.get_device_index());
-  return x.numel() ? pointwise::run(q, x) : undefined_sums(x, q.reduce);
+  return x.numel() ? map_pass::run(q, x) : undefined_sums(x, q.reduce);
 }
 
 std::tuple<Tensor, Tensor> bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> gamma,
                                     std::optional<Tensor> beta, double eps, int64_t act, int64_t reduce) {
-  pointwise::Problem q = pointwise::make_problem(x);
+  map_pass::Problem q = map_pass::make_problem(x);
   const ChannelVectors vectors({mean, var, gamma, beta}, eps, act, x);
   q.transform = vectors.transform;
   q.reduce = reduce_of(reduce);
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> bn_apply(Tensor x, Tensor mean, Tensor var, std::opti
   Tensor y = empty_map(x, {q.x.n, q.x.c, q.x.h, q.x.w});
   if (x.numel() == 0) return {y, undefined_sums(x, q.reduce)};
   q.y = map_of(y, "y");
-  return {y, pointwise::run(q, x)};
+  return {y, map_pass::run(q, x)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CUDA, m) {

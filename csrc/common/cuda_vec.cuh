@@ -48,6 +48,10 @@ struct alignas(sizeof(T) * V) Vec {
   __device__ __forceinline__ void store(T* to) const {
     *reinterpret_cast<raw_t*>(to) = *reinterpret_cast<const raw_t*>(at);
   }
+  // An intrinsic, which the compiler cannot take apart to share code with a path of scalar stores.
+  __device__ __forceinline__ void store_global(T* to) const {
+    __stwb(reinterpret_cast<raw_t*>(to), *reinterpret_cast<const raw_t*>(at));
+  }
 };
 
 template <class T>
@@ -97,7 +101,7 @@ __device__ __forceinline__ Vec<T, V> load_some(const T* from, int64_t stride, in
 template <int V, class T>
 __device__ __forceinline__ void store_some(T* to, const Vec<T, V>& vec, int64_t stride, int valid, bool vector) {
   if (vector) {
-    if (valid > 0) vec.store(to);
+    if (valid > 0) vec.store_global(to);
   } else {
 #pragma unroll
     for (int v = 0; v < V; ++v)
@@ -118,6 +122,16 @@ __device__ __forceinline__ void with_width(int width, F f) {
     default:
       return f(std::integral_constant<int, 1>());
   }
+}
+
+// n / d for 0 <= n < 2^20 and d > 0, in a few instructions.
+__device__ __forceinline__ int small_quotient(int n, int d) {
+  return static_cast<int>((n + 0.5f) * __frcp_rn(static_cast<float>(d)));
+}
+
+// The block sets `bytes` of shared memory, a multiple of 16, to zero.
+__device__ __forceinline__ void clear_shared(void* memory, int bytes) {
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) static_cast<uint4*>(memory)[i] = uint4{0, 0, 0, 0};
 }
 
 }  // namespace effk

@@ -7,16 +7,15 @@ namespace effk {
 
 // Chan's merge of two sets.
 __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
-  const float count = a.count + b.count;
-  if (count == 0.0f) return a;
-  const float share = b.count / count, delta = b.mean - a.mean;
-  return {count, fmaf(delta, share, a.mean), a.m2 + b.m2 + delta * delta * a.count * share};
+  if (a.count == 0.0f) return b;
+  const float count = a.count + b.count, share = b.count / count;
+  const float delta = (b.origin - a.origin) + (b.distance - a.distance);
+  return {count, a.origin, fmaf(delta, share, a.distance), a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
-// Sums of V values at a time, taken from the first one seen: no cancellation where the mean is large.
+// Sums of V values at a time, less `shift`: if that is the first one seen, nothing cancels where the mean is large.
 template <int V>
 struct ShiftedSums {
-  int count = 0;
   float shift[V], sum[V], square[V];
 
   __device__ __forceinline__ ShiftedSums() {
@@ -24,22 +23,22 @@ struct ShiftedSums {
     for (int v = 0; v < V; ++v) shift[v] = sum[v] = square[v] = 0.0f;
   }
 
-  __device__ __forceinline__ void add(const float (&value)[V]) {
+  __device__ __forceinline__ void add(const float (&value)[V], bool shifts) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (count == 0) shift[v] = value[v];
+      if (shifts) shift[v] = value[v];
       const float d = value[v] - shift[v];
       sum[v] += d;
       square[v] = fmaf(d, d, square[v]);
     }
-    ++count;
   }
 
-  __device__ __forceinline__ void moments(Moments (&m)[V]) const {
+  // Of `count` values each.
+  __device__ __forceinline__ void moments(Moments (&m)[V], int count) const {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const float mean = count ? sum[v] / count : 0.0f;
-      m[v] = {static_cast<float>(count), shift[v] + mean, fmaxf(square[v] - sum[v] * mean, 0.0f)};
+      m[v] = {static_cast<float>(count), shift[v], mean, fmaxf(square[v] - sum[v] * mean, 0.0f)};
     }
   }
 };
@@ -49,20 +48,21 @@ struct ShiftedSums {
 template <int V>
 __device__ __forceinline__ void merge_block(Moments (&m)[V], Moments* shared, int first, int pitch, int member,
                                             int members) {
-  int span = 1;
-  while (span < members) span *= 2;
-  while (span > 1) {
-    span /= 2;
+  constexpr int kFan = 8;
+  while (members > 1) {
+    const int left = (members + kFan - 1) / kFan;
     __syncthreads();
-    if (member >= span && member < 2 * span) {
+    if (member < members) {
 #pragma unroll
       for (int v = 0; v < V; ++v) shared[first + member * pitch + v] = m[v];
     }
     __syncthreads();
-    if (member < span && member + span < members) {
+    if (member < left) {
+      for (int other = member + left; other < members; other += left)
 #pragma unroll
-      for (int v = 0; v < V; ++v) m[v] = merge(m[v], shared[first + (member + span) * pitch + v]);
+        for (int v = 0; v < V; ++v) m[v] = merge(m[v], shared[first + other * pitch + v]);
     }
+    members = left;
   }
 }
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store_moments(const Reduction& reduction, const 
     if (reduction.partials) {
       reduction.partials[(n * parts + part) * channels + c + v] = m[v];
     } else {
-      reduction.mean[n * channels + c + v] = m[v].mean;
+      reduction.mean[n * channels + c + v] = m[v].origin + m[v].distance;
     }
   }
 }
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) merge_moments(const MergeParams p) {
   const int64_t group = blockIdx.x / blocks;
   const int column = threadIdx.x % kMergeColumns, member = threadIdx.x / kMergeColumns;
   const int c = blockIdx.x % blocks * kMergeColumns + column;
-  Moments m[1] = {{0.0f, 0.0f, 0.0f}};
+  Moments m[1] = {{0.0f, 0.0f, 0.0f, 0.0f}};
   if (c < p.c) {
     const Moments* partials = p.partials + group * p.parts * p.c + c;
 #pragma unroll 4
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) merge_moments(const MergeParams p) {
   }
   merge_block<1>(m, reinterpret_cast<Moments*>(shared_bytes), column, kMergeColumns, member, kMembers);
   if (member == 0 && c < p.c) {
-    p.sums[group * p.c + c] = m[0].mean;
+    p.sums[group * p.c + c] = m[0].origin + m[0].distance;
     if (p.has_var) p.sums[(p.groups + group) * p.c + c] = m[0].m2 / m[0].count;
   }
 }

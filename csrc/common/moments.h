@@ -7,14 +7,18 @@
 
 namespace effk {
 
-struct Moments {
-  float count, mean, m2;  // m2: sum of squared deviations from the mean
+// Of a set of values. The mean is kept as its distance from one of them: rounded at 1000 it would spoil the variance of
+// values that deviate by 1.
+struct alignas(16) Moments {
+  float count, origin, distance;  // mean = origin + distance
+  float m2;                       // sum of squared deviations from the mean
 };
 
 // Where a kernel's blocks leave what they summed over their part of each map.
 struct Reduction {
   float* mean;        // [N, C]: the result itself, where one block sees a whole map
   Moments* partials;  // [N, parts, C]
+  bool shifts;        // sum from the first value on, for a variance; a mean near zero is exacter without
 };
 
 struct MergeParams {
@@ -45,6 +49,7 @@ struct ReducingPlan {
   // Each map is seen by `parts` blocks per channel.
   void reduce(Reduce kind, int n, int parts, int c) {
     const bool statistics = kind == Reduce::kStatistics;
+    main.params.reduction.shifts = statistics;
     direct_ = kind == Reduce::kMean && parts == 1;
     if (kind == Reduce::kNone || direct_) return;
     workspace_floats = int64_t{n} * parts * c * int64_t{sizeof(Moments) / sizeof(float)};

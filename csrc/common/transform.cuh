@@ -22,6 +22,19 @@ __device__ __forceinline__ Normalize load_normalize(const Transform& t, int c) {
   return {load_parameter<T>(t.mean, t.float32 & 1, c), gamma / sqrtf(var + t.eps), beta};
 }
 
+// One branch for all values.
+template <int V>
+__device__ __forceinline__ void activate_all(float (&z)[V], const ActivationForm& form) {
+  if (form.logistic) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) z[v] = activate(z[v], {true, form.times_z, 0, 0, 0, 0});
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      z[v] = activate(z[v], {false, form.times_z, form.slope, form.offset, form.low, form.high});
+  }
+}
+
 template <class T, int V>
 struct ChannelTransform {
   const Transform& transform;
@@ -36,8 +49,10 @@ struct ChannelTransform {
     }
   }
 
-  __device__ __forceinline__ float operator()(float z, int v) const {
-    return activate(normalize[v](z), transform.activation);
+  __device__ __forceinline__ void operator()(float (&z)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) z[v] = normalize[v](z[v]);
+    activate_all(z, transform.activation);
   }
 };
 

@@ -42,10 +42,8 @@ std::tuple<Tensor, Tensor> dwconv(
   Tensor y = empty_map(x, {q.x.n, c, out_h, out_w});
   if (y.numel() == 0) return {y, undefined_sums(x, q.reduce)};
   q.y = map_of(y, "y");
+  if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
   q.weight = weight.data_ptr();
-  q.weight_stride[0] = weight.stride(0);
-  q.weight_stride[1] = weight.stride(2);
-  q.weight_stride[2] = weight.stride(3);
   q.kernel_size = static_cast<int>(k);
   q.stride = static_cast<int>(stride);
   q.pad_top = to_int32(pad_top, "pad_top");

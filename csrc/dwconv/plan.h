@@ -32,8 +32,7 @@ inline std::string kernel_name(const Instance& i) {
 struct Problem {
   Map x, y;
   Dtype dtype;
-  const void* weight;        // [C, 1, k, k] of any strides
-  int64_t weight_stride[3];  // of a channel, a row, a column
+  const void* weight;  // [C, 1, k, k], contiguous
   int kernel_size, stride, pad_top, pad_left;
   Transform prologue, epilogue;
   Reduce reduce;
@@ -50,7 +49,6 @@ struct Params {
   const void *x, *weight;
   void* y;
   Strides x_stride, y_stride;
-  int64_t weight_stride[3];
   Transform prologue, epilogue;
   Reduction reduction;
   int n, c, h, w, out_h, out_w, pad_top, pad_left;
@@ -186,9 +184,9 @@ inline Plan make_plan(const Problem& q) {
   p.y = const_cast<void*>(q.y.data);
   p.x_stride = strides_of(q.x);
   p.y_stride = strides_of(q.y);
-  std::copy_n(q.weight_stride, 3, p.weight_stride);
   p.prologue = q.prologue;
   p.epilogue = q.epilogue;
+  to_int32(q.x.n * q.x.c, "batch times channels");
   p.n = to_int32(q.x.n, "the batch");
   p.c = to_int32(q.x.c, "the number of channels");
   p.h = to_int32(q.x.h, "the height");

@@ -1,15 +1,15 @@
 // effkernels::spatial_mean, se_gate and channel_scale on CUDA.
-#include "common/cuda_pointwise.h"
+#include "map_pass/cuda.h"
 #include "squeeze_excite/kernel.cuh"
 
 namespace effk::squeeze_excite {
 namespace {
 
 Tensor spatial_mean(Tensor x) {
-  pointwise::Problem q = pointwise::make_problem(x);
+  map_pass::Problem q = map_pass::make_problem(x);
   q.reduce = Reduce::kMean;
   const DeviceGuard guard(x.get_device_index());
-  return x.numel() ? pointwise::run(q, x) : undefined_sums(x, q.reduce);
+  return x.numel() ? map_pass::run(q, x) : undefined_sums(x, q.reduce);
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -48,7 +48,7 @@ Tensor se_gate(Tensor pooled, Tensor w1, std::optional<Tensor> b1, Tensor w2, st
 }
 
 Tensor channel_scale(Tensor x, Tensor gate) {
-  pointwise::Problem q = pointwise::make_problem(x);
+  map_pass::Problem q = map_pass::make_problem(x);
   require(gate.dim() == 2 && gate.size(0) == q.x.n && gate.size(1) == q.x.c && gate.scalar_type() == ScalarType::Float,
           "gate must be [N, C] in float32 with the N and C of x");
   const DeviceGuard guard(x.get_device_index());
@@ -57,7 +57,7 @@ Tensor channel_scale(Tensor x, Tensor gate) {
   gate = dense(gate);
   q.y = map_of(y, "y");
   q.gate = static_cast<const float*>(gate.data_ptr());
-  pointwise::run(q, x);
+  map_pass::run(q, x);
   return y;
 }
 

@@ -1,4 +1,4 @@
-// The CUDA launch of squeeze-excite's gate. Its other phases, the mean and the scaling, are pointwise passes.
+// The CUDA launch of squeeze-excite's gate. Its other phases, the mean and the scaling, are passes over a map.
 #pragma once
 
 #include <algorithm>

@@ -23,7 +23,6 @@ static py::dict se_gate_plan(Address pooled, Address gate, Address reduce_weight
 EFFK_INTROSPECTION(m) {
   m.def("se_gate_plan", &effk::introspection::se_gate_plan, py::arg("pooled"), py::arg("gate"),
         py::arg("reduce_weight"), py::arg("reduce_bias"), py::arg("expand_weight"), py::arg("expand_bias"),
-        py::arg("batch"), py::arg("channels"),
-        py::arg("reduced"), py::arg("dtype"), py::arg("activation"), py::arg("gate_activation"),
-        "The CUDA launch of effkernels::se_gate.");
+        py::arg("batch"), py::arg("channels"), py::arg("reduced"), py::arg("dtype"), py::arg("activation"),
+        py::arg("gate_activation"), "The CUDA launch of effkernels::se_gate.");
 }
