@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Triton chooses between interpreter and compiler when it is imported, so these tests have a process of their own,
-# which tests/test_interpreter.py starts.
+# which tests/ops/test_triton_interpreter.py starts.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interp"]
 
 M_PERTURB = -6  # of glibc's <malloc.h>

@@ -18,6 +18,7 @@ def assert_close_to_reference(got: Tensor, eager_same_dtype: Tensor, reference64
     rounded = reference64.to(got.dtype)
     finite = rounded.isfinite()
     torch.testing.assert_close(got[~finite], rounded[~finite], rtol=0, atol=0, equal_nan=True)
+    got, eager_same_dtype, reference64 = got.detach(), eager_same_dtype.detach(), reference64.detach()
     error, allowed = (_relative_error(t[finite], reference64[finite]) for t in (got, eager_same_dtype))
     allowed = 2 * allowed + FLOOR_ULPS * torch.finfo(got.dtype).eps
     assert error <= allowed, f"relative L2 error {error:.3g}, allowed {allowed:.3g}"

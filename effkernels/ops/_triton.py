@@ -36,6 +36,11 @@ def block(extent: int, limit: int, least: int) -> int:
     return size
 
 
+def dense(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors are small: a strided one is copied."""
+    return [None if v is None else v.contiguous() for v in vectors]
+
+
 @triton.jit
 def channel_block(channels, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr):
     """This program's channels, of which a thread takes up to VECTOR in a row, and its number among their programs."""
@@ -96,9 +101,9 @@ def norm_act(z, norm, code: tl.constexpr):
 
 @triton.jit
 def reduce_start(zeros, pixels, REDUCE: tl.constexpr):
-    """The running reduction of each lane of a tile: nothing, a sum, or count, mean and squared deviations."""
+    """The running reduction of each lane of a tile: nothing, a sum, or count, pivot, sum and sum of squares."""
     if REDUCE == STATISTICS:
-        state = (tl.zeros_like(pixels).to(tl.float32), zeros, zeros)
+        state = (tl.zeros_like(pixels).to(tl.float32), zeros, zeros, zeros)
     elif REDUCE == MEAN:
         state = (zeros,)
     else:
@@ -109,36 +114,43 @@ def reduce_start(zeros, pixels, REDUCE: tl.constexpr):
 @triton.jit
 def reduce_add(state, y, mask, REDUCE: tl.constexpr):
     """Take in the values `y` as they were stored, where the pixels' `mask` says so."""
-    if REDUCE == STATISTICS:  # Welford
-        count, mean, m2 = state
-        y = tl.where(mask, y.to(tl.float32), mean)
-        count += mask.to(tl.float32)
-        delta = y - mean
-        mean += delta / tl.maximum(count, 1.0)
-        state = (count, mean, m2 + delta * (y - mean))
+    y = y.to(tl.float32)
+    if REDUCE == STATISTICS:
+        # The differences from a lane's first value are exact for values close together, however far from zero. That
+        # value being one of n, subtracting the square of their sum loses at most a factor of n of precision.
+        count, pivot, total, squares = state
+        pivot = tl.where(count == 0, y, pivot)
+        y = tl.where(mask, y - pivot, 0.0)
+        state = (count + mask.to(tl.float32), pivot, total + y, squares + y * y)
     elif REDUCE == MEAN:
-        state = (state[0] + tl.where(mask, y.to(tl.float32), 0.0),)
+        state = (state[0] + tl.where(mask, y, 0.0),)
     return state
 
 
 @triton.jit
-def reduce_store(state, sums_ptr, part, channels, offs_c, mask, share, PIXEL_AXIS: tl.constexpr, REDUCE: tl.constexpr):
-    """Reduce over the lanes, and store this program's part: [parts, C], or [parts, 3, C] for statistics."""
-    ptrs = sums_ptr + part.to(tl.int64) * channels * len(state) + offs_c
+def reduce_store(state, parts_ptr, part, channels, offs_c, mask, share, AXIS: tl.constexpr, REDUCE: tl.constexpr):
+    """Reduce over the lanes along `AXIS`, and store this program's part, as `empty_parts` has it."""
+    ptrs = parts_ptr + part.to(tl.int64) * channels * len(state) + offs_c
     if REDUCE == STATISTICS:
-        count, mean, m2 = chan_reduce(state[0], state[1], state[2], PIXEL_AXIS)
+        count, pivot, total, squares = state
+        common = tl.max(tl.where(count > 0, pivot, -float("inf")), AXIS, keep_dims=True)
+        pivot = tl.where(count > 0, pivot, common)
+        mean = total / tl.maximum(count, 1.0)
+        count, offset, m2 = chan_reduce(count, pivot - common + mean, squares - total * mean, AXIS)
         tl.store(ptrs, count, mask)
-        tl.store(ptrs + channels, mean, mask)
-        tl.store(ptrs + 2 * channels, m2, mask)
+        tl.store(ptrs + channels, common, mask)
+        tl.store(ptrs + 2 * channels, offset, mask)
+        tl.store(ptrs + 3 * channels, m2, mask)
     elif REDUCE == MEAN:
-        tl.store(ptrs, tl.sum(state[0], PIXEL_AXIS, keep_dims=True) * share, mask)
+        tl.store(ptrs, tl.sum(state[0], AXIS, keep_dims=True) * share, mask)
 
 
 @triton.jit
 def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
     """Counts, means and squared deviations of sets of values along `AXIS`, together (Chan, Golub and LeVeque)."""
     total = tl.sum(count, AXIS, keep_dims=True)
-    merged = tl.sum(count * mean, AXIS, keep_dims=True) / total
+    # fma, as each lane would fuse a bare product with the sum's first addition, and copies of the sum would differ.
+    merged = tl.sum(tl.fma(count, mean, tl.zeros_like(mean)), AXIS, keep_dims=True) / total
     delta = mean - merged
     return total, merged, tl.sum(m2 + count * delta * delta, AXIS, keep_dims=True)
 
@@ -147,30 +159,32 @@ def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
 def merge_statistics_kernel(parts_ptr, stats_ptr, parts, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     offs_c, _ = channel_block(channels, 1, BLOCK_C, 0)
     mask_c = offs_c < channels
+    common = tl.load(parts_ptr + channels + offs_c, mask_c & (parts > 0), 0.0)
     count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     mean = count
     m2 = count
     for start in range(0, parts, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)[:, None]
         mask = (offs_p < parts) & mask_c
-        ptrs = parts_ptr + offs_p.to(tl.int64) * channels * 3 + offs_c
-        count_b = tl.load(ptrs, mask, 0.0)
-        delta = tl.load(ptrs + channels, mask, 0.0) - mean
-        m2 += tl.load(ptrs + 2 * channels, mask, 0.0)
-        count += count_b
-        weight = count_b / tl.maximum(count, 1.0)
-        m2 += delta * delta * (count - count_b) * weight
+        ptrs = parts_ptr + offs_p.to(tl.int64) * channels * 4 + offs_c
+        part = tl.load(ptrs, mask, 0.0)
+        pivot = tl.load(ptrs + channels, mask, 0.0)
+        delta = pivot - common + tl.load(ptrs + 2 * channels, mask, 0.0) - mean
+        m2 += tl.load(ptrs + 3 * channels, mask, 0.0)
+        count += part
+        weight = part / tl.maximum(count, 1.0)
+        m2 += delta * delta * (count - part) * weight
         mean += delta * weight
     count, mean, m2 = chan_reduce(count, mean, m2, 0)
-    tl.store(stats_ptr + offs_c, mean, mask_c)
+    tl.store(stats_ptr + offs_c, common + mean, mask_c)
     tl.store(stats_ptr + channels + offs_c, m2 / count, mask_c)
 
 
 def empty_parts(x: Tensor, parts: int, reduce: int) -> Tensor:
-    """Room for what the programs of a reduction store."""
+    """Room for the parts: none, mean [parts, 1, C], or count, pivot, mean - pivot, squared deviations [parts, 4, C]."""
     if reduce == Reduce.NONE:
         return x.new_empty(0, dtype=torch.float32)
-    return x.new_empty((parts, 3 if reduce == Reduce.STATISTICS else 1, x.shape[1]), dtype=torch.float32)
+    return x.new_empty((parts, 4 if reduce == Reduce.STATISTICS else 1, x.shape[1]), dtype=torch.float32)
 
 
 def finish(parts: Tensor, batch: int, reduce: int) -> Tensor:
@@ -228,7 +242,7 @@ def stream(
     mean: Tensor | None = None, var: Tensor | None = None, gamma: Tensor | None = None, beta: Tensor | None = None,
     eps: float = 0.0, act: int = 0, gate: Tensor | None = None, reduce: int = Reduce.NONE,
 ) -> Tensor:  # fmt: skip
-    """One pass over x: y = gate * act(bn(x)) where they are given; returns `reduce` of y as stored (or as it would be)."""
+    """One pass over x, for y = gate * act(bn(x)), of which any may be missing; returns `reduce` of y as stored."""
     batch, channels, height, width = x.shape
     area = height * width
     y_strides = (0, 0, 0, 0) if y is None else y.stride()
@@ -249,14 +263,9 @@ def stream(
     parts = empty_parts(x, batch * height * spans, reduce)
     if batch:
         stream_kernel[(batch * height * spans * blocks_c,)](
-            x, y, parts, mean, var, gamma, beta, eps, gate,
+            x, y, parts, *dense(mean, var, gamma, beta), eps, gate,
             channels, height, width, spans, steps, 1 / area,
             *x.stride(), *y_strides, 0 if gate is None else gate.stride(0),
             ACT=act, REDUCE=reduce, BLOCK_P=block_p, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=4,
         )  # fmt: skip
     return finish(parts, batch, reduce)
-
-
-def dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Per-channel vectors are small: a strided one is copied."""
-    return [None if v is None else v.contiguous() for v in vectors]

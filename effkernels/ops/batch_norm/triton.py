@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from effkernels.ops._layout import empty_map
-from effkernels.ops._triton import dense, stream
+from effkernels.ops._triton import stream
 from effkernels.ops.batch_norm.op import Reduce
 
 
@@ -15,4 +15,4 @@ def bn_apply(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int, reduce: int
 ) -> tuple[Tensor, Tensor]:
     y = empty_map(x, x.shape)
-    return y, stream(x, y, *dense(mean, var, gamma, beta), eps, act, reduce=reduce)
+    return y, stream(x, y, mean, var, gamma, beta, eps, act, reduce=reduce)

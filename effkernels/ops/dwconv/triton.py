@@ -80,19 +80,19 @@ def dwconv_kernel(
                 rows = updated
         out_row = step - (OPEN - 1)
         if out_row >= first:
-            y = norm_act(rows[0], norm2, ACT2).to(y_ptr.dtype.element_ty)
+            y = norm_act(rows[0], norm2, ACT2).to(y_ptr.dtype.element_ty)  # type: ignore[misc]
             tl.store(y_ptrs + tl.cast(out_row, tl.int64) * y_stride_h, y, (out_col < out_w) & mask_c)
             state = reduce_add(state, y, out_col < out_w, REDUCE)
         rows = rows[1:] + (zeros,)
     reduce_store(state, parts_ptr, part, channels, offs_c, mask_c, share, PIXEL_AXIS, REDUCE)
 
 
-def tile(x: Tensor, k: int, out_w: int) -> dict[str, int]:
+def tile(x: Tensor, k: int, stride: int, out_w: int) -> dict[str, int]:
     """Columns and channels of a program, and its warps, such that no instance spills registers."""
     axis = pixel_axis(x)
     if axis == 0:
         # A thread holds 8 outputs of each row that is open, or 4.
-        size = 1024 if k == 3 else 512
+        size = 1024 if k == 3 and stride == 1 else 512
         block_w = block(out_w, size // 32, 8)
         block_c = block(x.shape[1], min(size // block_w, 64), 16)
         warps = 4
@@ -120,7 +120,7 @@ def dwconv(
     batch, channels, height, width = x.shape
     k = weight.shape[2]
     y = empty_map(x, (batch, channels, out_h, out_w))
-    shape = tile(x, k, out_w)
+    shape = tile(x, k, stride, out_w)
     blocks_w, blocks_c = triton.cdiv(out_w, shape["BLOCK_W"]), triton.cdiv(channels, shape["BLOCK_C"])
     band_rows = band(out_h, triton.cdiv(k, stride), batch * blocks_w * blocks_c * shape["num_warps"])
     bands = triton.cdiv(out_h, band_rows)
