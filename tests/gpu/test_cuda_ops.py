@@ -2,16 +2,16 @@
 
 import itertools
 
+import phases
 import pytest
 import torch
+from phases import feature_map, norm
 
 import effkernels
-import phases
 from effkernels import _native, ops
 from effkernels.ops._activation import Activation
 from effkernels.ops.batch_norm.op import BN_STATISTICS, Reduce
 from effkernels.ops.dwconv.op import DWCONV, NO_NORM
-from phases import feature_map, norm
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,16 +6,16 @@ ptxrun fails a test on an access out of bounds or misaligned, a race on shared m
 import itertools
 
 import emulated_cuda
+import phases
 import pytest
 import torch
+from phases import feature_map, norm
 from torch import Tensor
 
-import phases
 from effkernels import _native
 from effkernels.ops._activation import Activation
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv.op import DWCONV, NO_NORM
-from phases import feature_map, norm
 
 if reason := emulated_cuda.why_not():
     pytest.skip(reason, allow_module_level=True)
