@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #define EFFK_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
@@ -42,9 +44,11 @@ inline CpuIsa cpu_isa() {
   static const CpuIsa chosen = [] {
     const CpuIsa best = best_cpu_isa();
     const char* wanted = std::getenv("EFFKERNELS_CPU_ISA");
+    if (!wanted || !*wanted) return best;
     for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512})
-      if (wanted && isa <= best && std::strcmp(wanted, cpu_isa_name(isa)) == 0) return isa;
-    return best;
+      if (isa <= best && std::strcmp(wanted, cpu_isa_name(isa)) == 0) return isa;
+    throw std::invalid_argument(std::string("EFFKERNELS_CPU_ISA must be an instruction set of this machine, one of "
+                                            "baseline, avx2, avx512, got ") + wanted);
   }();
   return chosen;
 }

@@ -87,16 +87,6 @@ auto with_data(const Tensor& t, F f) {
   }
 }
 
-// The elements of a small vector or dense matrix as double.
-inline std::vector<double> to_double(const Tensor& t) {
-  std::vector<double> out(t.numel());
-  const int64_t stride = t.dim() == 1 ? t.stride(0) : 1;
-  with_data(t, [&](auto* data) {
-    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<double>(data[static_cast<int64_t>(i) * stride]);
-  });
-  return out;
-}
-
 // BatchNorm as scale and shift per channel, in the dtype that the kernels compute in.
 class FoldedNorm {
  public:
@@ -104,11 +94,8 @@ class FoldedNorm {
              const std::optional<Tensor>& beta, double eps, int64_t activation, Dtype dtype)
       : activation_(static_cast<int32_t>(activation)) {
     if (!mean) return;
-    const auto m = to_double(*mean), v = to_double(*var);
-    const auto g = gamma ? to_double(*gamma) : std::vector<double>(m.size(), 1.0);
-    const auto b = beta ? to_double(*beta) : std::vector<double>(m.size(), 0.0);
-    channels_ = m.size();
-    dtype == Dtype::kFloat64 ? fold<double>(m, v, g, b, eps) : fold<float>(m, v, g, b, eps);
+    channels_ = mean->numel();
+    dtype == Dtype::kFloat64 ? fold<double>(*mean, *var, gamma, beta, eps) : fold<float>(*mean, *var, gamma, beta, eps);
   }
 
   Affine affine() const {
@@ -117,20 +104,32 @@ class FoldedNorm {
   }
 
  private:
+  // In double, so that scale and shift are rounded once.
   template <class C>
-  void fold(const std::vector<double>& mean, const std::vector<double>& var, const std::vector<double>& gamma,
-            const std::vector<double>& beta, double eps) {
+  void fold(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& gamma,
+            const std::optional<Tensor>& beta, double eps) {
     values_.resize(2 * channels_ * sizeof(C));
     C* scale = reinterpret_cast<C*>(values_.data());
-    for (size_t c = 0; c < channels_; ++c) {
-      const double s = gamma[c] / std::sqrt(var[c] + eps);
-      scale[c] = static_cast<C>(s);
-      scale[channels_ + c] = static_cast<C>(beta[c] - mean[c] * s);
-    }
+    C* shift = scale + channels_;
+    auto each = [&](const Tensor& t, auto f) {
+      with_data(t, [&](auto* data) {
+        const int64_t stride = t.stride(0);
+        for (int64_t c = 0; c < channels_; ++c) f(c, static_cast<double>(data[c * stride]));
+      });
+    };
+    std::vector<double> s(channels_);
+    each(var, [&](int64_t c, double v) { s[c] = 1 / std::sqrt(v + eps); });
+    if (gamma) each(*gamma, [&](int64_t c, double v) { s[c] *= v; });
+    std::vector<double> b(channels_, 0.0);
+    if (beta) each(*beta, [&](int64_t c, double v) { b[c] = v; });
+    each(mean, [&](int64_t c, double v) {
+      scale[c] = static_cast<C>(s[c]);
+      shift[c] = static_cast<C>(b[c] - v * s[c]);
+    });
   }
 
   int32_t activation_;
-  size_t channels_ = 0;
+  int64_t channels_ = 0;
   std::vector<char> values_;
 };
 

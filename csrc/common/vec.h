@@ -158,20 +158,32 @@ template <class T>
 inline EFFK_INLINE void store_n(T* p, Vec<compute_t<T>> v, int n) {
   constexpr int lanes = kLanes<compute_t<T>>;
   if (n >= lanes) return store(p, v);
-  T buffer[lanes];
-  store(buffer, v);
 #if defined(__AVX512F__)
   const uint32_t mask = (1u << n) - 1;
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, load(buffer));
-  if constexpr (sizeof(T) == 2)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, mask, v);
+  if constexpr (sizeof(T) == 2) {
+    T buffer[lanes];
+    store(buffer, v);
     return _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buffer)));
+  }
 #endif
+  T buffer[lanes];
+  store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
 // The first n elements, `stride` apart; the others are zero.
 template <class T>
 inline EFFK_INLINE Vec<compute_t<T>> load_strided(const T* p, int64_t stride, int n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 mask = n >= 16 ? 0xffff : (1u << n) - 1;
+    if (stride < (1 << 26))
+      return _mm512_mask_i32gather_ps(VecF{}, mask, _mm512_mullo_epi32(lane, _mm512_set1_epi32(stride)), p, 4);
+  }
+#endif
   T buffer[kLanes<compute_t<T>>] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i * stride];
   return load(buffer);
@@ -249,19 +261,18 @@ inline EFFK_INLINE VecD reciprocal(VecD v) { return 1.0 / v; }
 
 // exp(-v), at most 2^126; at least 2^-126 or 0.
 inline EFFK_INLINE VecF exp_neg(VecF v) {
-  // 2^t = 2^n 2^f with n = round(t), |f| <= 1/2, and 2^f by its minimax polynomial: relative error 2e-9 before rounding.
+  // 2^t = 2^n 2^f with n = round(t), |f| <= 1/2, and 2^f by its minimax polynomial: relative error 7.5e-8.
   VecF t = at_most(v * -1.44269504089f, 126.0f);
 #if !defined(__AVX512F__)
   t = at_least(t, -126.0f);
 #endif
   const VecF shifted = t + 12582912.0f;  // 1.5 * 2^23: n stands in the low mantissa bits
   const VecF n = shifted - 12582912.0f, f = t - n;
-  VecF p = f * 1.53458120e-4f + 1.33999312e-3f;
-  p = p * f + 9.61848896e-3f;
-  p = p * f + 5.55032878e-2f;
-  p = p * f + 2.40226469e-1f;
-  p = p * f + 6.93147206e-1f;
-  p = p * f + 1.0f;
+  VecF p = f * 1.327647198e-3f + 9.675541334e-3f;
+  p = p * f + 5.550713274e-2f;
+  p = p * f + 2.402211972e-1f;
+  p = p * f + 6.931469671e-1f;
+  p = p * f + 1.000000072f;
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(0xffff, p, n);
 #else

@@ -67,26 +67,58 @@ inline EFFK_INLINE Vec<C> origin_of(Reduce reduce, Vec<C> first) {
   return first - first == Vec<C>{} ? first : Vec<C>{};
 }
 
-// A run of n vectors: y[i * stride] = act(scale(in[i * in_stride])), nothing stored where y is null. The vectors have
-// `lanes` lanes, the last one `last_lanes`.
-template <class T, int A, bool kSum, class In>
-inline EFFK_INLINE void transform(const In* in, int64_t in_stride, int64_t n, T* y, int64_t stride, int lanes, int last_lanes,
-                                 const Scale<compute_t<T>>& scale, Sums<compute_t<T>>& sums) {
-  using C = compute_t<T>;
-  Vec<C> sum{}, square{};
-  const Vec<C> origin = sums.origin;
-  auto one = [&](int64_t i, int count) EFFK_INLINE {
-    const Vec<C> z = activate<A>(scale(load_n(in + i * in_stride, count)));
-    if (y) store_n(y + i * stride, z, count);
-    if (!kSum) return;
-    const Vec<C> deviation = keep_n<C>(rounded<T>(z) - origin, count);
-    sum += deviation;
-    square += deviation * deviation;
-  };
-  const int64_t whole = lanes == kLanes<C> ? n - (last_lanes != lanes) : 0;
-  for (int64_t i = 0; i < whole; ++i) one(i, kLanes<C>);
-  for (int64_t i = whole; i < n; ++i) one(i, i == n - 1 ? last_lanes : lanes);
-  if (kSum) sums.add(sum, square);
+// A block of rows of vectors, from `in` to `out`; strides are in elements. A vector's lanes are `lane_stride` apart in
+// memory of `in`, next to each other in `out`. Vectors have `lanes` lanes, the last one of a row `last_lanes`; what lies
+// past them in `out` is left alone. Channels_last maps are walked through in steps that hardware does not predict, so
+// the next block is fetched ahead.
+template <class In, class Out>
+struct Block {
+  const In* in;
+  int64_t in_row, in_vector, lane_stride;
+  Out* out;
+  int64_t out_row, out_vector;
+  int64_t rows, vectors;
+  int lanes, last_lanes;
+  int64_t next_in = 0, next_out = 0;  // how far from here what is read and written next lies: fetched ahead
+};
+
+template <class In, class Out>
+using Transform = void (*)(const Block<In, Out>&, const Scale<compute_t<In>>&, Sums<compute_t<In>>*);
+
+// out = act(scale(in)), and sums of it as stored. Where `out` is null nothing is stored.
+template <class In, class Out, int A, bool kSum>
+void transform(const Block<In, Out>& b, const Scale<compute_t<In>>& scale, Sums<compute_t<In>>* sums) {
+  using C = compute_t<In>;
+  for (int64_t row = 0; row < b.rows; ++row) {
+    const In* in = b.in + row * b.in_row;
+    Out* out = b.out ? b.out + row * b.out_row : nullptr;
+    Vec<C> sum{}, square{};
+    auto one = [&](int64_t i, int lanes) EFFK_INLINE {
+      const In* at = in + i * b.in_vector;
+      if (b.next_in) __builtin_prefetch(at + b.next_in);
+      const Vec<C> z = activate<A>(scale(b.lane_stride == 1 ? load_n(at, lanes) : load_strided(at, b.lane_stride, lanes)));
+      if (out) store_n(out + i * b.out_vector, z, lanes);
+      if (b.next_out) __builtin_prefetch(out + i * b.out_vector + b.next_out, 1);
+      if (!kSum) return;
+      const Vec<C> deviation = keep_n<C>(rounded<Out>(z) - sums->origin, lanes);
+      sum += deviation;
+      square += deviation * deviation;
+    };
+    int64_t i = 0;
+    if (b.lanes == kLanes<C> && b.lane_stride == 1)
+      for (; i < b.vectors - (b.last_lanes < kLanes<C>); ++i) one(i, kLanes<C>);
+    for (; i < b.vectors; ++i) one(i, i == b.vectors - 1 ? b.last_lanes : b.lanes);
+    if (kSum) sums->add(sum, square);
+  }
+}
+
+template <class In, class Out>
+Transform<In, Out> transform_for(int activation, bool sums) {
+  Transform<In, Out> chosen = nullptr;
+  with_activation(activation, [&](auto act) {
+    chosen = sums ? &transform<In, Out, act, true> : &transform<In, Out, act, false>;
+  });
+  return chosen;
 }
 
 // f(T{}) for the storage type given at run time.
@@ -98,14 +130,6 @@ void with_storage(Dtype dtype, F f) {
     case Dtype::kBFloat16: return f(BFloat16{});
     case Dtype::kFloat64: return f(double{});
   }
-}
-
-// f(Constant<activation>, Constant<whether sums are wanted>)
-template <class F>
-inline void with_epilogue(int activation, Reduce reduce, F f) {
-  with_activation(activation, [&](auto act) EFFK_INLINE {
-    reduce == Reduce::kNone ? f(act, Constant<false>{}) : f(act, Constant<true>{});
-  });
 }
 
 }  // namespace

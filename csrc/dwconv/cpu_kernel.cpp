@@ -16,22 +16,39 @@ inline Unit unit_at(const DwconvParams& p, int64_t index) {
   return {n, c, min64(p.chunk_channels, p.x.c - c), row, min64(p.band_rows, p.out_h - row), n * p.bands + band};
 }
 
-// --- channels_last: lanes are channels --------------------------------------------------------------------------------
-//
-// The rows that the current output row needs stand in a ring of k rows in scratch, converted, normalised, activated and
-// padded with zero columns: [k][vectors][padded_w][lanes]. So each input element is activated once and no tap has a
-// bounds check.
+constexpr int kMaxKernelSize = 7;
 
-template <class C>
-int64_t padded_width(const DwconvParams& p, int tile) {
-  return (ceil_div(p.out_w, tile) * tile - 1) * p.stride + p.kernel_size;
+// Of a raw output vector, what statistics are taken about.
+template <class T>
+Vec<compute_t<T>> first_value(const DwconvParams& p, const compute_t<T>* raw, const Scale<compute_t<T>>& scale) {
+  using C = compute_t<T>;
+  Vec<C> z{};
+  with_activation(p.epilogue.activation, [&](auto act) { z = activate<act>(scale(load(raw))); });
+  return origin_of<C>(p.reduce, rounded<T>(z));
 }
 
-// The tile of output columns that are accumulated in registers: the better divisor of the row.
+// --- channels_last: lanes are channels --------------------------------------------------------------------------------
+//
+// The rows that the current block of output rows needs stand in a ring in scratch, converted, normalised, activated and
+// padded with zero columns: [vectors][ring_rows][padded_w][lanes]. So each input element is activated once and no tap
+// has a bounds check. A small map is one block, a large one goes row by row.
+
+// The tile of output columns that are accumulated in registers: what covers the row with less waste.
 inline int tile_of(int64_t out_w) { return ceil_div(out_w, 7) * 7 <= ceil_div(out_w, 8) * 8 ? 7 : 8; }
 
+inline int64_t round_up_to_tile(int64_t out_w) { return ceil_div(out_w, tile_of(out_w)) * tile_of(out_w); }
+
+inline int64_t padded_width(const DwconvParams& p) {
+  return (round_up_to_tile(p.out_w) - 1) * p.stride + p.kernel_size;
+}
+
+// One output row of kLanes channels, [tiles * Tile][lanes], from the rows [ky_begin, ky_end) of the window that lie
+// inside the map.
+template <class C>
+using ConvRow = void (*)(const C* const* rows, int ky_begin, int ky_end, const C* weights, int64_t tiles, C* out);
+
 template <class C, int K, int S, int Tile>
-inline void conv_row_channels(const C* const* rows, int ky_begin, int ky_end, const C* weights, int64_t tiles, C* out) {
+void conv_row(const C* const* rows, int ky_begin, int ky_end, const C* weights, int64_t tiles, C* out) {
   constexpr int V = kLanes<C>;
   for (int64_t t = 0; t < tiles; ++t) {
     Vec<C> acc[Tile] = {};
@@ -54,65 +71,61 @@ inline void conv_row_channels(const C* const* rows, int ky_begin, int ky_end, co
 }
 
 template <class T>
-inline void stage_channels(const DwconvParams& p, const T* x, int lanes, int64_t columns,
-                           const Scale<compute_t<T>>& scale, compute_t<T>* out) {
-  using C = compute_t<T>;
-  const int64_t step = p.x.stride_w;
-  auto copy = [&](auto read) EFFK_INLINE {
-    if (!p.prologue.scale && p.prologue.activation == kIdentity) {
-      for (int64_t i = 0; i < columns; ++i) store(out + i * kLanes<C>, read(x + i * step));
-    } else {
-      with_activation(p.prologue.activation, [&](auto act) EFFK_INLINE {
-        for (int64_t i = 0; i < columns; ++i)
-          store(out + i * kLanes<C>, activate<act.value>(scale(read(x + i * step))));
-      });
-    }
-  };
-  if (p.x.stride_c != 1)
-    copy([&](const T* at) EFFK_INLINE { return load_strided(at, p.x.stride_c, lanes); });
-  else if (lanes == kLanes<C>)
-    copy([](const T* at) EFFK_INLINE { return load(at); });
-  else
-    copy([&](const T* at) EFFK_INLINE { return load_n(at, lanes); });
-}
-
-template <class T, int K, int S, int Tile>
-void run_channels_last(const DwconvParams& p, const Unit& u, compute_t<T>* scratch) {
+void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> conv, compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
-  const int64_t vectors = ceil_div(u.channels, V), width = padded_width<C>(p, Tile);
+  const int k = p.kernel_size;
+  const int64_t vectors = ceil_div(u.channels, V), width = padded_width(p), tiles = ceil_div(p.out_w, tile_of(p.out_w));
   const int64_t left = min64(p.pad_left, width), columns = min64(p.x.w, width - left);
-  const int64_t row_size = vectors * width * V;
-  C* ring = scratch;
-  C* line = ring + K * row_size;  // one output row of one vector of channels
-  Sums<C>* sums = reinterpret_cast<Sums<C>*>(line + round_up<C>(width) * V);
+  const int64_t slots = p.ring_rows, row_size = width * V, ring_size = slots * row_size;
+  C* rings = scratch;                              // [chunk vectors][slots][width][lanes]
+  C* lines = rings + p.chunk_channels * ring_size / V;  // [block_rows][tiles * tile][lanes]: raw output
+  const int64_t line_size = round_up_to_tile(p.out_w) * V;
+  Sums<C>* sums = reinterpret_cast<Sums<C>*>(lines + p.block_rows * line_size);
+  const Transform<T, C> stage = transform_for<T, C>(p.prologue.activation, false);
+  const Transform<C, T> finish = transform_for<C, T>(p.epilogue.activation, p.reduce != Reduce::kNone);
 
-  for (int64_t i = 0; i < K * row_size; i += V) store(ring + i, Vec<C>{});
+  for (int64_t i = 0; i < vectors * slots; ++i) {
+    C* row = rings + i * row_size;
+    for (int64_t j = 0; j < left; ++j) store(row + j * V, Vec<C>{});
+    for (int64_t j = left + columns; j < width; ++j) store(row + j * V, Vec<C>{});
+    if (u.channels % V)  // the lanes past the last channel
+      for (int64_t j = left; j < left + columns; ++j) store(row + j * V, Vec<C>{});
+  }
   for (int64_t v = 0; v < vectors; ++v) sums[v] = Sums<C>{};
 
-  int64_t staged = max64(u.row * S - p.pad_top, 0);
-  for (int64_t row = u.row; row < u.row + u.rows; ++row) {
-    const int64_t top = row * S - p.pad_top;
-    const int ky_begin = static_cast<int>(min64(max64(-top, 0), K));
-    const int ky_end = static_cast<int>(max64(min64(p.x.h - top, K), ky_begin));
+  int64_t staged = max64(u.row * p.stride - p.pad_top, 0);
+  for (int64_t row = u.row; row < u.row + u.rows; row += p.block_rows) {
+    const int64_t rows = min64(p.block_rows, u.row + u.rows - row), top = row * p.stride - p.pad_top;
+    const int64_t bottom = min64(top + (rows - 1) * p.stride + k, p.x.h);
+    const int64_t begin = max64(staged, top);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t c = u.c + v * V;
       const int lanes = static_cast<int>(min64(u.c + u.channels - c, V));
+      C* ring = rings + v * ring_size;
+      // Rows up to the ring's end, then those that wrap around.
+      for (int64_t in = begin; in < bottom;) {
+        const int64_t slot = in % slots, count = min64(bottom - in, slots - slot);
+        stage({row_of<T>(p.x, u.n, c, in), p.x.stride_h, p.x.stride_w, p.x.stride_c, ring + slot * row_size + left * V,
+               row_size, V, count, columns, lanes, lanes, p.x.stride_h},
+              Scale<C>::lanes(p.prologue, c, lanes), nullptr);
+        in += count;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t first = top + r * p.stride;
+        const int ky_begin = static_cast<int>(min64(max64(-first, 0), k));
+        const int ky_end = static_cast<int>(max64(min64(p.x.h - first, k), ky_begin));
+        const C* window[kMaxKernelSize];
+        for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = ring + (first + ky) % slots * row_size;
+        conv(window, ky_begin, ky_end, static_cast<const C*>(p.packed) + c * k * k, tiles, lines + r * line_size);
+      }
       const Scale<C> scale = Scale<C>::lanes(p.epilogue, c, lanes);
-      for (int64_t in = max64(staged, top); in < top + ky_end; ++in)
-        stage_channels<T>(p, row_of<T>(p.x, u.n, c, in), lanes, columns, Scale<C>::lanes(p.prologue, c, lanes),
-                          ring + in % K * row_size + (v * width + left) * V);
-      const C* rows[K];
-      for (int ky = ky_begin; ky < ky_end; ++ky) rows[ky] = ring + (top + ky) % K * row_size + v * width * V;
-      conv_row_channels<C, K, S, Tile>(rows, ky_begin, ky_end, static_cast<const C*>(p.packed) + c * K * K,
-                                       ceil_div(p.out_w, Tile), line);
-      T* y = static_cast<T*>(p.y) + ((u.n * p.out_h + row) * p.out_w) * p.x.c + c;
-      with_epilogue(p.epilogue.activation, p.reduce, [&](auto act, auto sum) EFFK_INLINE {
-        if (sum && row == u.row) sums[v].origin = origin_of<C>(p.reduce, rounded<T>(activate<act>(scale(load(line)))));
-        transform<T, act, sum>(line, V, p.out_w, y, p.x.c, lanes, lanes, scale, sums[v]);
-      });
+      if (row == u.row && p.reduce == Reduce::kStatistics) sums[v].origin = first_value<T>(p, lines, scale);
+      const int64_t y_row = p.out_w * p.x.c;
+      T* y = static_cast<T*>(p.y) + (u.n * p.out_h + row) * y_row + c;
+      finish({lines, line_size, V, 1, y, y_row, p.x.c, rows, p.out_w, lanes, lanes, 0, y_row}, scale, &sums[v]);
     }
-    staged = max64(staged, top + ky_end);
+    staged = max64(staged, bottom);
   }
   if (p.reduce == Reduce::kNone) return;
   for (int64_t c = 0; c < u.channels; ++c) {
@@ -126,8 +139,8 @@ void run_channels_last(const DwconvParams& p, const Unit& u, compute_t<T>* scrat
 //
 // A unit is a group of planes that stand side by side in a row, the zero columns between them shared, so that narrow
 // maps still fill a vector. The rows of a band are staged in scratch, converted, normalised, activated and padded, the
-// even and the odd columns apart for stride 2: [rows][S][length]. Then R output rows are accumulated at once, so that a
-// loaded vector serves up to k of them.
+// even and the odd columns apart for stride 2: [rows][stride][length]. Then kRowBlock output rows are accumulated at
+// once, so that a loaded vector serves up to k of them.
 
 constexpr int kRowBlock = 7;
 
@@ -146,29 +159,18 @@ PlaneLayout plane_layout(const DwconvParams& p) {
   l.pitch = max64(ceil_div(p.x.w + max64(p.pad_left, right), s), p.out_w);
   l.group = p.out_w > V ? 1 : max64(min64((V - p.out_w) / l.pitch + 1, p.x.c), 1);
   l.vectors = ceil_div((l.group - 1) * l.pitch + p.out_w, V);
-  l.length = round_up<C>(max64(l.vectors * V, l.group * l.pitch) + p.kernel_size) + V;
+  l.length = round_up<C>(max64(l.vectors * V, l.group * l.pitch) + p.kernel_size + p.pad_left);
   return l;
 }
 
-// One row of one plane.
-template <class T, int A>
-inline EFFK_INLINE void stage_row(const DwconvParams& p, const T* x, const Scale<compute_t<T>>& scale,
-                                  compute_t<T>* out) {
-  using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
-  auto one = [&](int64_t i, int n) EFFK_INLINE {
-    const Vec<C> v = p.x.stride_w == 1 ? load_n(x + i, n) : load_strided(x + i * p.x.stride_w, p.x.stride_w, n);
-    store(out + i, A == kIdentity && !p.prologue.scale ? v : keep_n<C>(activate<A>(scale(v)), n));
-  };
-  int64_t i = 0;
-  for (; i + V <= p.x.w; i += V) one(i, V);
-  if (i < p.x.w) one(i, static_cast<int>(p.x.w - i));
-}
+// kRowBlock output rows, [kRowBlock][vectors][lanes]. `staged` begins at the first input row of the block; its rows
+// [begin, end) lie inside the map. `weights` are [k * k][lanes].
+template <class C>
+using ConvRows = void (*)(const C* staged, int64_t length, int64_t begin, int64_t end, const C* weights,
+                          int64_t vectors, C* out);
 
-// `rows` of [S][length] from the first input row of the block on; those in [begin, end) lie inside the map.
 template <class C, int K, int S>
-inline void conv_rows(const C* staged, int64_t length, int64_t begin, int64_t end, const C* weights, int64_t vectors,
-                      C* out) {
+void conv_rows(const C* staged, int64_t length, int64_t begin, int64_t end, const C* weights, int64_t vectors, C* out) {
   constexpr int V = kLanes<C>, R = kRowBlock;
   for (int64_t j = 0; j < vectors; ++j) {
     Vec<C> acc[R] = {};
@@ -189,73 +191,78 @@ inline void conv_rows(const C* staged, int64_t length, int64_t begin, int64_t en
   }
 }
 
-template <class T, int K, int S>
-void run_planes(const DwconvParams& p, const Unit& u, compute_t<T>* scratch) {
+template <class T>
+void run_planes(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> conv, compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>, R = kRowBlock;
   const PlaneLayout l = plane_layout<C>(p);
-  const int64_t blocks = ceil_div(u.rows, R), in_rows = (blocks * R - 1) * S + K, top = u.row * S - p.pad_top;
-  const int64_t out_length = l.vectors * V;
-  C* weights = scratch;                             // [k * k][V], lane by lane the weights of its plane
-  C* staged = weights + K * K * V;                  // [in_rows][S][length]
-  C* raw = staged + in_rows * S * l.length;         // [blocks * R][out_length]
-  C* plane = raw + blocks * R * out_length + V;     // [rows * out_w]
-  C* line = plane + round_up<C>(u.rows * p.out_w) + V;  // [S * length], one row before its phases are parted
+  const int64_t s = p.stride, taps = p.kernel_size * p.kernel_size;
+  const int64_t blocks = ceil_div(u.rows, R), in_rows = (blocks * R - 1) * s + p.kernel_size;
+  const int64_t top = u.row * s - p.pad_top, in_row = s * l.length, out_row = l.vectors * V;
+  C* weights = scratch;                        // [taps][lanes], in each lane the weights of its plane
+  C* staged = weights + taps * V;              // [in_rows][stride][length]
+  C* wide = staged + in_rows * in_row;         // [stride * length]: a row before its even and odd columns are parted
+  C* raw = wide + in_row;                      // [blocks * R][out_row]
+  C* plane = raw + blocks * R * out_row + V;   // [rows * out_w]
 
-  const C* packed = static_cast<const C*>(p.packed) + u.c * K * K;
-  for (int t = 0; t < K * K; ++t)
-    for (int i = 0; i < V; ++i) weights[t * V + i] = packed[min64(i / l.pitch, u.channels - 1) * K * K + t];
+  const C* packed = static_cast<const C*>(p.packed) + u.c * taps;
+  for (int64_t t = 0; t < taps; ++t) {
+    Vec<C> w = broadcast(packed[t]);
+    for (int64_t g = 1; g < u.channels; ++g)
+      w = lane_index<C>() < static_cast<C>(g * l.pitch) ? w : broadcast(packed[g * taps + t]);
+    store(weights + t * V, w);
+  }
 
   const int64_t first = max64(-top, 0), last = max64(min64(p.x.h - top, in_rows), first);
-  if (S == 2)
-    for (int64_t i = 0; i < S * l.length; i += V) store(line + i, Vec<C>{});
-  with_activation(p.prologue.activation, [&](auto act) EFFK_INLINE {
+  const Transform<T, C> stage = transform_for<T, C>(p.prologue.activation, false);
+  auto stage_rows = [&](int64_t row, int64_t rows, C* out) {
+    for (int64_t i = 0; i < rows * in_row; i += V) store(out + i, Vec<C>{});
+    for (int64_t g = 0; g < u.channels; ++g)
+      stage({row_of<T>(p.x, u.n, u.c + g, top + row), p.x.stride_h, V * p.x.stride_w, p.x.stride_w,
+             out + g * l.pitch * s + p.pad_left, in_row, V, rows, ceil_div(p.x.w, V), V,
+             static_cast<int>((p.x.w - 1) % V + 1)},
+            Scale<C>::one(p.prologue, u.c + g), nullptr);
+  };
+  if (s == 1) {
+    stage_rows(first, last - first, staged + first * in_row);
+  } else {
     for (int64_t row = first; row < last; ++row) {
-      C* out = staged + row * S * l.length;
-      C* target = S == 1 ? out : line;
-      if (S == 1)
-        for (int64_t i = 0; i < l.length; i += V) store(out + i, Vec<C>{});
-      for (int64_t g = 0; g < u.channels; ++g)
-        stage_row<T, act>(p, row_of<T>(p.x, u.n, u.c + g, top + row), Scale<C>::one(p.prologue, u.c + g),
-                          target + g * l.pitch * S + p.pad_left);
-      if (S == 2)
-        for (int64_t i = 0; i < l.length; ++i) {
-          out[i] = line[2 * i];
-          out[l.length + i] = line[2 * i + 1];
-        }
+      stage_rows(row, 1, wide);
+      C *even = staged + row * in_row, *odd = even + l.length;
+      for (int64_t i = 0; i < l.length; ++i) {
+        even[i] = wide[2 * i];
+        odd[i] = wide[2 * i + 1];
+      }
     }
-  });
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t offset = b * R * S;
-    conv_rows<C, K, S>(staged + offset * S * l.length, l.length, first - offset, last - offset, weights, l.vectors,
-                       raw + b * R * out_length);
   }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t offset = b * R * s;
+    conv(staged + offset * in_row, l.length, first - offset, last - offset, weights, l.vectors, raw + b * R * out_row);
+  }
+  const Transform<C, T> finish = transform_for<C, T>(p.epilogue.activation, p.reduce != Reduce::kNone);
   for (int64_t g = 0; g < u.channels; ++g) {
     const int64_t c = u.c + g;
     const Scale<C> scale = Scale<C>::one(p.epilogue, c);
     const C* source = raw + g * l.pitch;
     T* y = static_cast<T*>(p.y) + ((u.n * p.x.c + c) * p.out_h + u.row) * p.out_w;
     Sums<C> sums;
-    with_epilogue(p.epilogue.activation, p.reduce, [&](auto act, auto sum) EFFK_INLINE {
-      if (sum) sums.origin = broadcast(origin_of<C>(p.reduce, rounded<T>(activate<act>(scale(load(source)))))[0]);
-      auto emit = [&](const C* in, int64_t count, T* out) EFFK_INLINE {
-        transform<T, act, sum>(in, V, ceil_div(count, V), out, V, V, static_cast<int>((count - 1) % V + 1), scale, sums);
-      };
-      if (p.out_w < V) {
-        // Close the gaps: each row's surplus lanes are overwritten by the next row.
-        for (int64_t r = 0; r < u.rows; ++r) store(plane + r * p.out_w, load(source + r * out_length));
-        emit(plane, u.rows * p.out_w, y);
-      } else {
-        for (int64_t r = 0; r < u.rows; ++r) emit(source + r * out_length, p.out_w, y + r * p.out_w);
-      }
-    });
+    if (p.reduce == Reduce::kStatistics) sums.origin = broadcast(first_value<T>(p, source, scale)[0]);
+    // Rows narrower than a vector are first moved together: each one's surplus lanes are overwritten by the next.
+    const bool narrow = p.out_w < V;
+    if (narrow)
+      for (int64_t r = 0; r < u.rows; ++r) store(plane + r * p.out_w, load(source + r * out_row));
+    const int64_t rows = narrow ? 1 : u.rows, length = narrow ? u.rows * p.out_w : p.out_w;
+    finish({narrow ? plane : source, out_row, V, 1, y, p.out_w, V, rows, ceil_div(length, V), V,
+            static_cast<int>((length - 1) % V + 1)},
+           scale, &sums);
     if (p.reduce == Reduce::kNone) continue;
     double sum = 0, square = 0;
     for (int i = 0; i < V; ++i) {
       sum += sums.sum[i];
       square += sums.square[i];
     }
-    write_partial(p.partials, p.reduce, p.x.c, u.partial, c, sums.origin[0], sum, square, static_cast<double>(u.rows * p.out_w));
+    write_partial(p.partials, p.reduce, p.x.c, u.partial, c, sums.origin[0], sum, square,
+                  static_cast<double>(u.rows * p.out_w));
   }
 }
 
@@ -266,25 +273,29 @@ constexpr int64_t kMinUnits = 32;  // enough for many cores to share evenly
 
 template <class C>
 void plan(DwconvParams& p) {
-  constexpr int64_t V = kLanes<C>;
+  constexpr int64_t V = kLanes<C>, size = sizeof(C);
   const int64_t k = p.kernel_size, s = p.stride;
   if (p.channels_last) {
-    const int64_t vectors = ceil_div(p.x.c, V), width = padded_width<C>(p, tile_of(p.out_w));
-    const int64_t fitting = max64(min64(kL1Bytes / static_cast<int64_t>(sizeof(C)) / (k * width * V), vectors), 1);
+    const int64_t vectors = ceil_div(p.x.c, V), width = padded_width(p), row_bytes = width * V * size;
+    const int64_t all_rows = (p.out_h - 1) * s + k;
+    const bool one_block = all_rows * row_bytes <= kL1Bytes;
+    p.ring_rows = one_block ? all_rows : k;
+    const int64_t fitting = max64(min64((one_block ? 8 : 1) * kL1Bytes / (p.ring_rows * row_bytes), vectors), 1);
     const int64_t per_chunk = ceil_div(vectors, ceil_div(vectors, fitting));
     p.chunk_channels = per_chunk * V;
     p.chunks = ceil_div(vectors, per_chunk);
     p.packed_size = vectors * V * k * k;
     const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * p.chunks, 1));
     p.band_rows = max64(ceil_div(p.out_h, wanted), min64(p.out_h, 4 * k));
-    p.scratch_size = k * per_chunk * width * V + round_up<C>(width) * V +
-                     per_chunk * static_cast<int64_t>(sizeof(Sums<C>) / sizeof(C));
+    p.block_rows = one_block ? p.band_rows : 1;
+    p.scratch_size = per_chunk * p.ring_rows * width * V + p.block_rows * round_up_to_tile(p.out_w) * V +
+                     per_chunk * static_cast<int64_t>(sizeof(Sums<C>)) / size;
   } else {
     const PlaneLayout l = plane_layout<C>(p);
     p.chunk_channels = l.group;
     p.chunks = ceil_div(p.x.c, l.group);
     p.packed_size = p.x.c * k * k;
-    const int64_t row_bytes = (s * s * l.length + l.vectors * V) * static_cast<int64_t>(sizeof(C));
+    const int64_t row_bytes = (s * s * l.length + l.vectors * V) * size;
     const int64_t rows = max64(kL1Bytes / row_bytes / kRowBlock, 1) * kRowBlock;
     p.band_rows = ceil_div(p.out_h, ceil_div(p.out_h, rows));
     const int64_t blocks = ceil_div(p.band_rows, kRowBlock), in_rows = (blocks * kRowBlock - 1) * s + k;
@@ -302,35 +313,28 @@ void pack(const DwconvParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
   C* packed = static_cast<C*>(p.packed);
   const int64_t taps = p.kernel_size * p.kernel_size;
-  auto value = [&](int64_t c, int64_t t) {
-    const T* at = weight + c * taps + t;
-    if constexpr (sizeof(T) == sizeof(C))
-      return *at;
-    else
-      return load_n(at, 1)[0];
-  };
   if (p.channels_last) {
-    for (int64_t c = 0; c < round_up<C>(p.x.c); c += V)  // [C / V][k * k][V], zero past the last channel
+    for (int64_t c = 0; c < p.x.c; c += V)  // [C / V][k * k][V], zero past the last channel
       for (int64_t t = 0; t < taps; ++t)
-        for (int64_t i = 0; i < V; ++i) packed[c * taps + t * V + i] = c + i < p.x.c ? value(c + i, t) : C(0);
+        store(packed + c * taps + t * V,
+              load_strided(weight + c * taps + t, taps, static_cast<int>(min64(p.x.c - c, V))));
   } else {
-    for (int64_t i = 0; i < p.x.c * taps; ++i) packed[i] = value(0, i);
+    for (int64_t i = 0; i < p.x.c * taps; i += V) {
+      const int n = static_cast<int>(min64(p.x.c * taps - i, V));
+      store_n(packed + i, load_n(weight + i, n), n);
+    }
   }
 }
 
 template <class T, int K, int S>
-void run_unit(const DwconvParams& p, const Unit& u, compute_t<T>* scratch) {
-  if (!p.channels_last)
-    run_planes<T, K, S>(p, u, scratch);
-  else if (tile_of(p.out_w) == 7)
-    run_channels_last<T, K, S, 7>(p, u, scratch);
-  else
-    run_channels_last<T, K, S, 8>(p, u, scratch);
-}
-
-template <class T, int K>
-void run_strided(const DwconvParams& p, const Unit& u, compute_t<T>* scratch) {
-  p.stride == 1 ? run_unit<T, K, 1>(p, u, scratch) : run_unit<T, K, 2>(p, u, scratch);
+void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
+  using C = compute_t<T>;
+  const ConvRow<C> row = tile_of(p.out_w) == 7 ? &conv_row<C, K, S, 7> : &conv_row<C, K, S, 8>;
+  C* buffer = static_cast<C*>(scratch);
+  for (int64_t i = first_unit; i < last_unit; ++i) {
+    const Unit u = unit_at(p, i);
+    p.channels_last ? run_channels_last<T>(p, u, row, buffer) : run_planes<T>(p, u, &conv_rows<C, K, S>, buffer);
+  }
 }
 
 }  // namespace
@@ -346,12 +350,11 @@ void dwconv_pack(const DwconvParams& p) {
 void dwconv_run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
   with_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    auto* buffer = static_cast<compute_t<T>*>(scratch);
-    for (int64_t i = first_unit; i < last_unit; ++i) {
-      const Unit u = unit_at(p, i);
-      if (p.kernel_size == 3) run_strided<T, 3>(p, u, buffer);
-      if (p.kernel_size == 5) run_strided<T, 5>(p, u, buffer);
-      if (p.kernel_size == 7) run_strided<T, 7>(p, u, buffer);
+    const bool one = p.stride == 1;
+    switch (p.kernel_size) {
+      case 3: return (one ? &run<T, 3, 1> : &run<T, 3, 2>)(p, first_unit, last_unit, scratch);
+      case 5: return (one ? &run<T, 5, 1> : &run<T, 5, 2>)(p, first_unit, last_unit, scratch);
+      case 7: return (one ? &run<T, 7, 1> : &run<T, 7, 2>)(p, first_unit, last_unit, scratch);
     }
   });
 }

@@ -70,8 +70,8 @@ void run_channels_last(const MapPassParams& p, int64_t unit, void* scratch) {
   }
 }
 
-// Lanes are columns; a plane without gaps between its rows is one long row.
-template <class T, int A, bool kSum>
+// Lanes are columns; a plane without gaps between its rows is one long row, taken in runs.
+template <class T>
 void run_plane(const MapPassParams& p, int64_t unit) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
@@ -79,33 +79,26 @@ void run_plane(const MapPassParams& p, int64_t unit) {
   Affine affine = p.affine;
   if (affine.scale) affine.scale = static_cast<const C*>(affine.scale) + n * p.image_stride;
   const Scale<C> scale = Scale<C>::one(affine, c);
-  const bool dense = p.x.stride_w == 1 && (p.x.stride_h == p.x.w || p.x.h == 1);
-  const int64_t rows = dense ? 1 : p.x.h, columns = dense ? p.x.h * p.x.w : p.x.w;
+  const bool wanted = p.reduce != Reduce::kNone;
+  const T* x = row_of<T>(p.x, n, c, 0);
+  T* y = p.y ? static_cast<T*>(p.y) + unit * p.x.h * p.x.w : nullptr;
   Sums<C> sums;
-  if (kSum) {
-    const Vec<C> first = load_strided(row_of<T>(p.x, n, c, 0), 1, 1);
-    sums.origin = broadcast(origin_of<C>(p.reduce, rounded<T>(activate<A>(scale(first))))[0]);
+  if (p.reduce == Reduce::kStatistics) {
+    C first[V];
+    transform_for<T, C>(affine.activation, false)({x, 0, 0, 0, first, 0, 0, 1, 1, 1, 1}, scale, nullptr);
+    sums.origin = origin_of<C>(p.reduce, rounded<T>(broadcast(first[0])));
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* x = row_of<T>(p.x, n, c, row);
-    T* y = static_cast<T*>(p.y) + (p.y ? (unit * p.x.h + row) * p.x.w : 0);
-    for (int64_t i = 0; i < columns; i += kRun * V) {
-      const int64_t count = min64(columns - i, kRun * V);
-      T* out = p.y ? y + i : nullptr;
-      const int last = static_cast<int>((count - 1) % V + 1);
-      if (p.x.stride_w == 1) {
-        transform<T, A, kSum>(x + i, V, ceil_div(count, V), out, V, V, last, scale, sums);
-      } else {
-        for (int64_t j = 0; j < count; j += V) {
-          const int lanes = static_cast<int>(min64(count - j, V));
-          C gathered[V];
-          store(gathered, load_strided(x + (i + j) * p.x.stride_w, p.x.stride_w, lanes));
-          transform<T, A, kSum>(gathered, V, 1, out ? out + j : nullptr, V, lanes, lanes, scale, sums);
-        }
-      }
-    }
+  const bool dense = p.x.stride_h == p.x.w * p.x.stride_w;
+  const int64_t row_length = dense ? p.x.h * p.x.w : p.x.w;
+  const Transform<T, T> run = transform_for<T, T>(affine.activation, wanted);
+  for (int64_t i = 0; i < row_length; i += kRun * V) {
+    const int64_t count = min64(row_length - i, kRun * V);
+    const int last = static_cast<int>((count - 1) % V + 1);
+    run({x + i * p.x.stride_w, p.x.stride_h, V * p.x.stride_w, p.x.stride_w, y ? y + i : nullptr, p.x.w, V,
+         dense ? 1 : p.x.h, ceil_div(count, V), V, last},
+        scale, &sums);
   }
-  if (!kSum) return;
+  if (!wanted) return;
   double sum = 0, square = 0;
   for (int i = 0; i < V; ++i) {
     sum += sums.sum[i];
@@ -131,11 +124,14 @@ void map_pass_plan(MapPassParams& p) { p.dtype == Dtype::kFloat64 ? plan<double>
 
 void map_pass_run(const MapPassParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
   with_storage(p.dtype, [&](auto storage) {
-    with_epilogue(p.affine.activation, p.reduce, [&](auto act, auto sum) {
-      using T = decltype(storage);
-      for (int64_t i = first_unit; i < last_unit; ++i)
-        p.channels_last ? run_channels_last<T, act, sum>(p, i, scratch) : run_plane<T, act, sum>(p, i);
-    });
+    using T = decltype(storage);
+    if (!p.channels_last)
+      for (int64_t i = first_unit; i < last_unit; ++i) run_plane<T>(p, i);
+    else
+      with_activation(p.affine.activation, [&](auto act) {
+        const auto run = p.reduce == Reduce::kNone ? &run_channels_last<T, act, false> : &run_channels_last<T, act, true>;
+        for (int64_t i = first_unit; i < last_unit; ++i) run(p, i, scratch);
+      });
   });
 }
 
