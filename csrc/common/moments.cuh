@@ -44,14 +44,14 @@ struct ShiftedSums {
 };
 
 // Merges the moments of the `members` threads of a group; member 0 gets the result. Value v of a member lies at
-// shared[first + member * pitch + v]. Every thread of the block takes part, with the same number of members.
+// shared[first + member * pitch + v]. Every thread of the block takes part, with the same number of members, after the
+// block is done with that memory.
 template <int V>
 __device__ __forceinline__ void merge_block(Moments (&m)[V], Moments* shared, int first, int pitch, int member,
                                             int members) {
   constexpr int kFan = 8;
   while (members > 1) {
-    const int left = (members + kFan - 1) / kFan;
-    __syncthreads();
+    const int left = (members + kFan - 1) / kFan;  // who go on; they leave alone what others still read
     if (member < members) {
 #pragma unroll
       for (int v = 0; v < V; ++v) shared[first + member * pitch + v] = m[v];
