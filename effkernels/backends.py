@@ -22,7 +22,7 @@ DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
-DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+DEVICES: dict[str, tuple[str, ...]] = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 if os.environ.get("EFFKERNELS_TRITON_ON_CPU", "0") == "1":
     # For tests on a machine with no GPU: Triton's interpreter, or an emulated driver, takes CPU tensors.

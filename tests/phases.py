@@ -86,7 +86,9 @@ def check_statistics(stats: Tensor, y: Tensor) -> None:
     if y.numel() == 0:
         assert stats.isnan().all()
         return
-    (eager_var, eager_mean), (var, mean) = (torch.var_mean(v, (0, 2, 3), correction=0) for v in (y.to(wide(y)), y.double()))
+    (eager_var, eager_mean), (var, mean) = (
+        torch.var_mean(v, (0, 2, 3), correction=0) for v in (y.to(wide(y)), y.double())
+    )
     assert_close_to_reference(stats[1], eager_var, var)
     # A mean near zero is as exact as the deviation allows.
     got, eager, exact = (

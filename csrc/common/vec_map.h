@@ -69,8 +69,8 @@ inline EFFK_INLINE Vec<C> origin_of(Reduce reduce, Vec<C> first) {
 
 // A block of rows of vectors, from `in` to `out`; strides are in elements. A vector's lanes are `lane_stride` apart in
 // memory of `in`, next to each other in `out`. Vectors have `lanes` lanes, the last one of a row `last_lanes`; what lies
-// past them in `out` is left alone. Channels_last maps are walked through in steps that hardware does not predict, so
-// the next block is fetched ahead.
+// past them in `out` is left alone. Channels_last maps are walked through in steps that hardware does not predict: what
+// comes next is fetched ahead.
 template <class In, class Out>
 struct Block {
   const In* in;
@@ -79,7 +79,9 @@ struct Block {
   int64_t out_row, out_vector;
   int64_t rows, vectors;
   int lanes, last_lanes;
-  int64_t next_in = 0, next_out = 0;  // how far from here what is read and written next lies: fetched ahead
+  // Memory to fetch while the arithmetic goes on, a line for each vector.
+  const Out* ahead = nullptr;  // of the type of the map, which `out` is where there is arithmetic to hide behind
+  int64_t ahead_row = 0, ahead_vector = 0;
 };
 
 template <class In, class Out>
@@ -95,10 +97,9 @@ void transform(const Block<In, Out>& b, const Scale<compute_t<In>>& scale, Sums<
     Vec<C> sum{}, square{};
     auto one = [&](int64_t i, int lanes) EFFK_INLINE {
       const In* at = in + i * b.in_vector;
-      if (b.next_in) __builtin_prefetch(at + b.next_in);
       const Vec<C> z = activate<A>(scale(b.lane_stride == 1 ? load_n(at, lanes) : load_strided(at, b.lane_stride, lanes)));
       if (out) store_n(out + i * b.out_vector, z, lanes);
-      if (b.next_out) __builtin_prefetch(out + i * b.out_vector + b.next_out, 1);
+      if (b.ahead) __builtin_prefetch(b.ahead + row * b.ahead_row + i * b.ahead_vector);
       if (!kSum) return;
       const Vec<C> deviation = keep_n<C>(rounded<Out>(z) - sums->origin, lanes);
       sum += deviation;

@@ -107,7 +107,7 @@ void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T
       for (int64_t in = begin; in < bottom;) {
         const int64_t slot = in % slots, count = min64(bottom - in, slots - slot);
         stage({row_of<T>(p.x, u.n, c, in), p.x.stride_h, p.x.stride_w, p.x.stride_c, ring + slot * row_size + left * V,
-               row_size, V, count, columns, lanes, lanes, p.x.stride_h},
+               row_size, V, count, columns, lanes, lanes},
               Scale<C>::lanes(p.prologue, c, lanes), nullptr);
         in += count;
       }
@@ -123,7 +123,10 @@ void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T
       if (row == u.row && p.reduce == Reduce::kStatistics) sums[v].origin = first_value<T>(p, lines, scale);
       const int64_t y_row = p.out_w * p.x.c;
       T* y = static_cast<T*>(p.y) + (u.n * p.out_h + row) * y_row + c;
-      finish({lines, line_size, V, 1, y, y_row, p.x.c, rows, p.out_w, lanes, lanes, 0, y_row}, scale, &sums[v]);
+      // Next come the next vector of channels of a small map, or the next rows of a large one.
+      const T* ahead = p.block_rows > 1 ? row_of<T>(p.x, u.n, c + V, begin) : row_of<T>(p.x, u.n, c, bottom);
+      finish({lines, line_size, V, 1, y, y_row, p.x.c, rows, p.out_w, lanes, lanes, ahead, p.x.stride_h, p.x.stride_w},
+             scale, &sums[v]);
     }
     staged = max64(staged, bottom);
   }

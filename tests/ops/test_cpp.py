@@ -4,17 +4,17 @@ import os
 import subprocess
 import sys
 
+import phases
 import pytest
 import torch
 import torch.nn.functional as F
+from phases import feature_map, norm
 
-import phases
 from effkernels import _native
 from effkernels.backends import DTYPES
 from effkernels.ops._activation import Activation
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv.op import DWCONV, NO_NORM
-from phases import feature_map, norm
 
 pytestmark = pytest.mark.skipif(_native.MISSING["cpp"] is not None, reason=f"cpp: {_native.MISSING['cpp']}")
 

@@ -95,13 +95,18 @@ def bn_act_backward(
     if grad_y is None:
         return None, None, None
     mean, var = stats
-    z = F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
+    wide_gamma, wide_beta = (None if t is None else t.to(stats.dtype) for t in (gamma, beta))
+    z = F.batch_norm(x, mean, var, wide_gamma, wide_beta, False, 0.0, eps)
     grad_z = activate_backward(grad_y, z, act)
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = aten.native_batch_norm_backward(
-        grad_z, x, gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
+    grad_x, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+        grad_z, x, wide_gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
         (True, gamma is not None, beta is not None),
     )  # fmt: skip
-    return grads
+    return (
+        grad_x,
+        None if gamma is None else grad_gamma.to(gamma.dtype),
+        None if beta is None else grad_beta.to(beta.dtype),
+    )
 
 
 BN_ACT = Op(

@@ -84,13 +84,9 @@ def dwconv_bn_swish(
     backend = backends.choose(_NAME, x)
     pooled: Tensor | None
     if backend == "eager":
-        y, pooled = reference.dwconv_bn_act(
-            x, weight, *norm, training, momentum, eps, *window, act, return_pooled
-        )
+        y, pooled = reference.dwconv_bn_act(x, weight, *norm, training, momentum, eps, *window, act, return_pooled)
     elif training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *norm))):
-        y, pooled, _, stats = op.DWCONV_BN_ACT(
-            backend, x, weight, *norm, training, eps, *window, act, return_pooled
-        )
+        y, pooled, _, stats = op.DWCONV_BN_ACT(backend, x, weight, *norm, training, eps, *window, act, return_pooled)
         if training:
             update_running_statistics(running_mean, running_var, stats, count, momentum)
     else:

@@ -49,9 +49,7 @@ def _dwconv_bn_act(
     stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, act: int, pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     reduce = Reduce.STATISTICS if training else Reduce.NONE
-    d, stats = DWCONV(
-        backend, x, weight, *NO_NORM, *NO_NORM, stride, pad_top, pad_left, out_h, out_w, reduce
-    )
+    d, stats = DWCONV(backend, x, weight, *NO_NORM, *NO_NORM, stride, pad_top, pad_left, out_h, out_w, reduce)
     if not training:
         stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
     pooling = Reduce.MEAN if pool else Reduce.NONE

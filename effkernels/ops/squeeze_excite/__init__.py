@@ -5,6 +5,7 @@ from torch import Tensor
 from effkernels import backends
 from effkernels.ops import _checks
 from effkernels.ops._activation import ACTIVATIONS, GATES
+from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.squeeze_excite import op, reference
 
 
@@ -100,7 +101,7 @@ def _arguments(
     for other, tensor in others.items():
         if tensor is not None:
             _checks.same_dtype(name, other, tensor, "reduce_weight", reduce_weight)
-    wide = op.statistics_dtype(x)
+    wide = statistics_dtype(x)
     if pooled is not None and pooled.dtype != wide:
         raise TypeError(f"{name}: pooled must be {wide}, got {pooled.dtype}")
     codes = (
@@ -112,7 +113,9 @@ def _arguments(
 
 def _matrix(name: str, argument: str, form: str, weight: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor {form} or {form[:-1]}, 1, 1], got {type(weight).__name__}")
+        raise TypeError(
+            f"{name}: {argument} must be a tensor {form} or {form[:-1]}, 1, 1], got {type(weight).__name__}"
+        )
     if weight.dim() == 4 and weight.shape[2:] == (1, 1):
         return weight.flatten(1)
     if weight.dim() != 2:

@@ -53,7 +53,8 @@ def _se_gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _se_gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *gate_backward(grad, *ctx.saved_tensors, ctx.act, ctx.gate), None, None
+    pooled, w1, b1, w2, b2 = ctx.saved_tensors
+    return *gate_backward(grad, pooled, w1, b1, w2, b2, ctx.act, ctx.gate), None, None
 
 
 def gate_backward(
@@ -122,9 +123,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, pooled, g, *weights = ctx.saved_tensors
+    x, pooled, g, w1, b1, w2, b2 = ctx.saved_tensors
     grad_gate = (grad_y * x).sum((2, 3), dtype=g.dtype)
-    grad_pooled, *grad_weights = gate_backward(grad_gate, pooled, *weights, ctx.act, ctx.gate)
+    grad_pooled, *grad_weights = gate_backward(grad_gate, pooled, w1, b1, w2, b2, ctx.act, ctx.gate)
     assert grad_pooled is not None
     grad_x = grad_y * g.to(x.dtype)[:, :, None, None]
     if not ctx.pooled_given:
