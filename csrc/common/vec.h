@@ -248,7 +248,7 @@ inline EFFK_INLINE VecF at_least(VecF v, float bound) {
 inline EFFK_INLINE VecD at_most(VecD v, double bound) { return v > bound ? broadcast(bound) : v; }
 inline EFFK_INLINE VecD at_least(VecD v, double bound) { return v < bound ? broadcast(bound) : v; }
 
-// 1 / v to about one ulp, for 1 <= v <= 2^126.
+// 1 / v to about one ulp, for 1 <= v < 2^126.
 inline EFFK_INLINE VecF reciprocal(VecF v) {
 #if defined(__AVX512F__)
   const VecF r = _mm512_maskz_rcp14_ps(0xffff, v);
@@ -259,15 +259,12 @@ inline EFFK_INLINE VecF reciprocal(VecF v) {
 }
 inline EFFK_INLINE VecD reciprocal(VecD v) { return 1.0 / v; }
 
-// exp(-v), at most 2^126; at least 2^-126 or 0.
+// exp(-v) for v clamped to [-87, 87], so that neither it nor its reciprocal overflows or underflows.
 inline EFFK_INLINE VecF exp_neg(VecF v) {
   // 2^t = 2^n 2^f with n = round(t), |f| <= 1/2, and 2^f by its minimax polynomial: relative error 7.5e-8.
-  VecF t = at_most(v * -1.44269504089f, 126.0f);
-#if !defined(__AVX512F__)
-  t = at_least(t, -126.0f);
-#endif
-  const VecF shifted = t + 12582912.0f;  // 1.5 * 2^23: n stands in the low mantissa bits
-  const VecF n = shifted - 12582912.0f, f = t - n;
+  constexpr float kScale = -1.44269504089f, kRound = 12582912.0f;  // 1.5 * 2^23: n stands in the low mantissa bits
+  v = at_most(at_least(v, -87.0f), 87.0f);
+  const VecF shifted = v * kScale + kRound, n = shifted - kRound, f = v * kScale - n;
   VecF p = f * 1.327647198e-3f + 9.675541334e-3f;
   p = p * f + 5.550713274e-2f;
   p = p * f + 2.402211972e-1f;

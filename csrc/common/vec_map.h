@@ -35,17 +35,20 @@ struct Scale {
 };
 
 // Sums of values as stored and of their squares, about `origin`: a channel in each lane, or one channel in all lanes.
-// Short runs are summed in C, all of them in double.
+// Runs of kRun values are summed in C, the runs in double.
+constexpr int64_t kRun = 32;
+
 template <class C>
 struct Sums {
-  Vec<C> origin{};
+  Vec<C> origin{}, run_sum{}, run_square{};
   double sum[kLanes<C>] = {}, square[kLanes<C>] = {};
 
-  EFFK_INLINE void add(Vec<C> run_sum, Vec<C> run_square) {
+  void end_run() {
     for (int i = 0; i < kLanes<C>; ++i) {
       sum[i] += run_sum[i];
       square[i] += run_square[i];
     }
+    run_sum = run_square = Vec<C>{};
   }
 };
 
@@ -68,9 +71,8 @@ inline EFFK_INLINE Vec<C> origin_of(Reduce reduce, Vec<C> first) {
 }
 
 // A block of rows of vectors, from `in` to `out`; strides are in elements. A vector's lanes are `lane_stride` apart in
-// memory of `in`, next to each other in `out`. Vectors have `lanes` lanes, the last one of a row `last_lanes`; what lies
-// past them in `out` is left alone. Channels_last maps are walked through in steps that hardware does not predict: what
-// comes next is fetched ahead.
+// memory of `in`, next to each other in `out`. The last vector of a row has `last_lanes`; what lies past them in `out`
+// is left alone. Where lanes are channels a row is one pixel, so that a map is walked through in the order of memory.
 template <class In, class Out>
 struct Block {
   const In* in;
@@ -78,38 +80,45 @@ struct Block {
   Out* out;
   int64_t out_row, out_vector;
   int64_t rows, vectors;
-  int lanes, last_lanes;
-  // Memory to fetch while the arithmetic goes on, a line for each vector.
-  const Out* ahead = nullptr;  // of the type of the map, which `out` is where there is arithmetic to hide behind
-  int64_t ahead_row = 0, ahead_vector = 0;
+  int last_lanes;
+  int64_t scale_step;  // from one vector's scale and sums to the next's: 0 or 1
 };
 
 template <class In, class Out>
-using Transform = void (*)(const Block<In, Out>&, const Scale<compute_t<In>>&, Sums<compute_t<In>>*);
+using Transform = void (*)(const Block<In, Out>&, const Scale<compute_t<In>>*, Sums<compute_t<In>>*);
 
 // out = act(scale(in)), and sums of it as stored. Where `out` is null nothing is stored.
 template <class In, class Out, int A, bool kSum>
-void transform(const Block<In, Out>& b, const Scale<compute_t<In>>& scale, Sums<compute_t<In>>* sums) {
+void transform(const Block<In, Out>& b, const Scale<compute_t<In>>* scales, Sums<compute_t<In>>* sums) {
   using C = compute_t<In>;
+  const int64_t whole = b.vectors - (b.last_lanes < kLanes<C>);
   for (int64_t row = 0; row < b.rows; ++row) {
     const In* in = b.in + row * b.in_row;
     Out* out = b.out ? b.out + row * b.out_row : nullptr;
-    Vec<C> sum{}, square{};
-    auto one = [&](int64_t i, int lanes) EFFK_INLINE {
-      const In* at = in + i * b.in_vector;
-      const Vec<C> z = activate<A>(scale(b.lane_stride == 1 ? load_n(at, lanes) : load_strided(at, b.lane_stride, lanes)));
+    auto one = [&](int64_t i, Vec<C> v, int lanes) EFFK_INLINE {
+      const Vec<C> z = activate<A>(scales[i * b.scale_step](v));
       if (out) store_n(out + i * b.out_vector, z, lanes);
-      if (b.ahead) __builtin_prefetch(b.ahead + row * b.ahead_row + i * b.ahead_vector);
       if (!kSum) return;
-      const Vec<C> deviation = keep_n<C>(rounded<Out>(z) - sums->origin, lanes);
-      sum += deviation;
-      square += deviation * deviation;
+      Sums<C>& s = sums[i * b.scale_step];
+      const Vec<C> deviation = keep_n<C>(rounded<Out>(z) - s.origin, lanes);
+      s.run_sum += deviation;
+      s.run_square += deviation * deviation;
     };
-    int64_t i = 0;
-    if (b.lanes == kLanes<C> && b.lane_stride == 1)
-      for (; i < b.vectors - (b.last_lanes < kLanes<C>); ++i) one(i, kLanes<C>);
-    for (; i < b.vectors; ++i) one(i, i == b.vectors - 1 ? b.last_lanes : b.lanes);
-    if (kSum) sums->add(sum, square);
+    if (b.lane_stride == 1) {
+      for (int64_t begin = 0; begin < whole; begin += kRun) {
+        const int64_t end = min64(begin + kRun, whole);
+        for (int64_t i = begin; i < end; ++i) one(i, load(in + i * b.in_vector), kLanes<C>);
+        if (kSum && b.scale_step == 0) sums->end_run();
+      }
+      if (whole < b.vectors) one(whole, load_n(in + whole * b.in_vector, b.last_lanes), b.last_lanes);
+    } else {
+      for (int64_t i = 0; i < b.vectors; ++i) {
+        const int lanes = i < whole ? kLanes<C> : b.last_lanes;
+        one(i, load_strided(in + i * b.in_vector, b.lane_stride, lanes), lanes);
+      }
+    }
+    if (kSum && (b.scale_step == 0 || (row + 1) % kRun == 0 || row + 1 == b.rows))
+      for (int64_t i = 0; i < (b.scale_step ? b.vectors : 1); ++i) sums[i].end_run();
   }
 }
 

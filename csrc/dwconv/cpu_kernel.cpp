@@ -29,17 +29,21 @@ Vec<compute_t<T>> first_value(const DwconvParams& p, const compute_t<T>* raw, co
 
 // --- channels_last: lanes are channels --------------------------------------------------------------------------------
 //
-// The rows that the current block of output rows needs stand in a ring in scratch, converted, normalised, activated and
-// padded with zero columns: [vectors][ring_rows][padded_w][lanes]. So each input element is activated once and no tap
-// has a bounds check. A small map is one block, a large one goes row by row.
+// The rows that the current output row needs stand in a ring of k rows in scratch, converted, normalised, activated and
+// padded with zero columns: [vectors][k][padded_w][lanes]. So each input element is activated once and no tap has a
+// bounds check. The map is read and written a whole row of all the chunk's channels at a time: one vector of channels
+// after the other would leave most of each page for later.
 
 // The tile of output columns that are accumulated in registers: what covers the row with less waste.
 inline int tile_of(int64_t out_w) { return ceil_div(out_w, 7) * 7 <= ceil_div(out_w, 8) * 8 ? 7 : 8; }
 
-inline int64_t round_up_to_tile(int64_t out_w) { return ceil_div(out_w, tile_of(out_w)) * tile_of(out_w); }
+inline int64_t width_in_tiles(int64_t out_w) { return ceil_div(out_w, tile_of(out_w)) * tile_of(out_w); }
+
+// The same place in the rings of successive vectors must not fall on the same few sets of the cache.
+inline int64_t odd_lines(int64_t vectors) { return vectors | 1; }
 
 inline int64_t padded_width(const DwconvParams& p) {
-  return (round_up_to_tile(p.out_w) - 1) * p.stride + p.kernel_size;
+  return (width_in_tiles(p.out_w) - 1) * p.stride + p.kernel_size;
 }
 
 // One output row of kLanes channels, [tiles * Tile][lanes], from the rows [ky_begin, ky_end) of the window that lie
@@ -77,58 +81,45 @@ void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T
   const int k = p.kernel_size;
   const int64_t vectors = ceil_div(u.channels, V), width = padded_width(p), tiles = ceil_div(p.out_w, tile_of(p.out_w));
   const int64_t left = min64(p.pad_left, width), columns = min64(p.x.w, width - left);
-  const int64_t slots = p.ring_rows, row_size = width * V, ring_size = slots * row_size;
-  C* rings = scratch;                              // [chunk vectors][slots][width][lanes]
-  C* lines = rings + p.chunk_channels * ring_size / V;  // [block_rows][tiles * tile][lanes]: raw output
-  const int64_t line_size = round_up_to_tile(p.out_w) * V;
-  Sums<C>* sums = reinterpret_cast<Sums<C>*>(lines + p.block_rows * line_size);
+  const int64_t row_size = width * V, ring_size = odd_lines(k * width) * V;
+  const int64_t line_size = odd_lines(width_in_tiles(p.out_w)) * V;
+  const int last_lanes = static_cast<int>((u.channels - 1) % V + 1);
+  C* rings = scratch;                     // [vectors][k][width][lanes]
+  C* lines = rings + vectors * ring_size;  // [vectors][width_in_tiles][lanes]: one output row before the epilogue
+  Sums<C>* sums = reinterpret_cast<Sums<C>*>(lines + vectors * line_size);
+  Scale<C>* prologue = reinterpret_cast<Scale<C>*>(sums + vectors);
+  Scale<C>* epilogue = prologue + vectors;
   const Transform<T, C> stage = transform_for<T, C>(p.prologue.activation, false);
   const Transform<C, T> finish = transform_for<C, T>(p.epilogue.activation, p.reduce != Reduce::kNone);
 
-  for (int64_t i = 0; i < vectors * slots; ++i) {
-    C* row = rings + i * row_size;
-    for (int64_t j = 0; j < left; ++j) store(row + j * V, Vec<C>{});
-    for (int64_t j = left + columns; j < width; ++j) store(row + j * V, Vec<C>{});
-    if (u.channels % V)  // the lanes past the last channel
-      for (int64_t j = left; j < left + columns; ++j) store(row + j * V, Vec<C>{});
+  for (int64_t i = 0; i < vectors * ring_size; i += V) store(rings + i, Vec<C>{});
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int lanes = v < vectors - 1 ? V : last_lanes;
+    prologue[v] = Scale<C>::lanes(p.prologue, u.c + v * V, lanes);
+    epilogue[v] = Scale<C>::lanes(p.epilogue, u.c + v * V, lanes);
+    sums[v] = Sums<C>{};
   }
-  for (int64_t v = 0; v < vectors; ++v) sums[v] = Sums<C>{};
 
   int64_t staged = max64(u.row * p.stride - p.pad_top, 0);
-  for (int64_t row = u.row; row < u.row + u.rows; row += p.block_rows) {
-    const int64_t rows = min64(p.block_rows, u.row + u.rows - row), top = row * p.stride - p.pad_top;
-    const int64_t bottom = min64(top + (rows - 1) * p.stride + k, p.x.h);
-    const int64_t begin = max64(staged, top);
+  for (int64_t row = u.row; row < u.row + u.rows; ++row) {
+    const int64_t top = row * p.stride - p.pad_top;
+    const int ky_begin = static_cast<int>(min64(max64(-top, 0), k));
+    const int ky_end = static_cast<int>(max64(min64(p.x.h - top, k), ky_begin));
+    for (int64_t in = max64(staged, top); in < top + ky_end; ++in)
+      stage({row_of<T>(p.x, u.n, u.c, in), p.x.stride_w, V * p.x.stride_c, p.x.stride_c,
+             rings + in % k * row_size + left * V, V, ring_size, columns, vectors, last_lanes, 1},
+            prologue, nullptr);
+    staged = max64(staged, top + ky_end);
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t c = u.c + v * V;
-      const int lanes = static_cast<int>(min64(u.c + u.channels - c, V));
-      C* ring = rings + v * ring_size;
-      // Rows up to the ring's end, then those that wrap around.
-      for (int64_t in = begin; in < bottom;) {
-        const int64_t slot = in % slots, count = min64(bottom - in, slots - slot);
-        stage({row_of<T>(p.x, u.n, c, in), p.x.stride_h, p.x.stride_w, p.x.stride_c, ring + slot * row_size + left * V,
-               row_size, V, count, columns, lanes, lanes},
-              Scale<C>::lanes(p.prologue, c, lanes), nullptr);
-        in += count;
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t first = top + r * p.stride;
-        const int ky_begin = static_cast<int>(min64(max64(-first, 0), k));
-        const int ky_end = static_cast<int>(max64(min64(p.x.h - first, k), ky_begin));
-        const C* window[kMaxKernelSize];
-        for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = ring + (first + ky) % slots * row_size;
-        conv(window, ky_begin, ky_end, static_cast<const C*>(p.packed) + c * k * k, tiles, lines + r * line_size);
-      }
-      const Scale<C> scale = Scale<C>::lanes(p.epilogue, c, lanes);
-      if (row == u.row && p.reduce == Reduce::kStatistics) sums[v].origin = first_value<T>(p, lines, scale);
-      const int64_t y_row = p.out_w * p.x.c;
-      T* y = static_cast<T*>(p.y) + (u.n * p.out_h + row) * y_row + c;
-      // Next come the next vector of channels of a small map, or the next rows of a large one.
-      const T* ahead = p.block_rows > 1 ? row_of<T>(p.x, u.n, c + V, begin) : row_of<T>(p.x, u.n, c, bottom);
-      finish({lines, line_size, V, 1, y, y_row, p.x.c, rows, p.out_w, lanes, lanes, ahead, p.x.stride_h, p.x.stride_w},
-             scale, &sums[v]);
+      const C* window[kMaxKernelSize];
+      for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = rings + v * ring_size + (top + ky) % k * row_size;
+      const C* weights = static_cast<const C*>(p.packed) + (u.c + v * V) * k * k;
+      conv(window, ky_begin, ky_end, weights, tiles, lines + v * line_size);
+      if (row == u.row && p.reduce == Reduce::kStatistics)
+        sums[v].origin = first_value<T>(p, lines + v * line_size, epilogue[v]);
     }
-    staged = max64(staged, bottom);
+    T* y = static_cast<T*>(p.y) + (u.n * p.out_h + row) * p.out_w * p.x.c + u.c;
+    finish({lines, V, line_size, 1, y, p.x.c, V, p.out_w, vectors, last_lanes, 1}, epilogue, sums);
   }
   if (p.reduce == Reduce::kNone) return;
   for (int64_t c = 0; c < u.channels; ++c) {
@@ -220,11 +211,13 @@ void run_planes(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> con
   const Transform<T, C> stage = transform_for<T, C>(p.prologue.activation, false);
   auto stage_rows = [&](int64_t row, int64_t rows, C* out) {
     for (int64_t i = 0; i < rows * in_row; i += V) store(out + i, Vec<C>{});
-    for (int64_t g = 0; g < u.channels; ++g)
+    for (int64_t g = 0; g < u.channels; ++g) {
+      const Scale<C> scale = Scale<C>::one(p.prologue, u.c + g);
       stage({row_of<T>(p.x, u.n, u.c + g, top + row), p.x.stride_h, V * p.x.stride_w, p.x.stride_w,
-             out + g * l.pitch * s + p.pad_left, in_row, V, rows, ceil_div(p.x.w, V), V,
-             static_cast<int>((p.x.w - 1) % V + 1)},
-            Scale<C>::one(p.prologue, u.c + g), nullptr);
+             out + g * l.pitch * s + p.pad_left, in_row, V, rows, ceil_div(p.x.w, V),
+             static_cast<int>((p.x.w - 1) % V + 1), 0},
+            &scale, nullptr);
+    }
   };
   if (s == 1) {
     stage_rows(first, last - first, staged + first * in_row);
@@ -255,9 +248,9 @@ void run_planes(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> con
     if (narrow)
       for (int64_t r = 0; r < u.rows; ++r) store(plane + r * p.out_w, load(source + r * out_row));
     const int64_t rows = narrow ? 1 : u.rows, length = narrow ? u.rows * p.out_w : p.out_w;
-    finish({narrow ? plane : source, out_row, V, 1, y, p.out_w, V, rows, ceil_div(length, V), V,
-            static_cast<int>((length - 1) % V + 1)},
-           scale, &sums);
+    finish({narrow ? plane : source, out_row, V, 1, y, p.out_w, V, rows, ceil_div(length, V),
+            static_cast<int>((length - 1) % V + 1), 0},
+           &scale, &sums);
     if (p.reduce == Reduce::kNone) continue;
     double sum = 0, square = 0;
     for (int i = 0; i < V; ++i) {
@@ -272,6 +265,7 @@ void run_planes(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> con
 // --- dispatch ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kL1Bytes = 32 << 10;
+constexpr int64_t kL2Bytes = 256 << 10;
 constexpr int64_t kMinUnits = 32;  // enough for many cores to share evenly
 
 template <class C>
@@ -279,20 +273,16 @@ void plan(DwconvParams& p) {
   constexpr int64_t V = kLanes<C>, size = sizeof(C);
   const int64_t k = p.kernel_size, s = p.stride;
   if (p.channels_last) {
-    const int64_t vectors = ceil_div(p.x.c, V), width = padded_width(p), row_bytes = width * V * size;
-    const int64_t all_rows = (p.out_h - 1) * s + k;
-    const bool one_block = all_rows * row_bytes <= kL1Bytes;
-    p.ring_rows = one_block ? all_rows : k;
-    const int64_t fitting = max64(min64((one_block ? 8 : 1) * kL1Bytes / (p.ring_rows * row_bytes), vectors), 1);
+    const int64_t vectors = ceil_div(p.x.c, V), width = padded_width(p);
+    const int64_t fitting = max64(min64(kL2Bytes / (k * width * V * size), vectors), 1);
     const int64_t per_chunk = ceil_div(vectors, ceil_div(vectors, fitting));
     p.chunk_channels = per_chunk * V;
     p.chunks = ceil_div(vectors, per_chunk);
     p.packed_size = vectors * V * k * k;
     const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * p.chunks, 1));
     p.band_rows = max64(ceil_div(p.out_h, wanted), min64(p.out_h, 4 * k));
-    p.block_rows = one_block ? p.band_rows : 1;
-    p.scratch_size = per_chunk * p.ring_rows * width * V + p.block_rows * round_up_to_tile(p.out_w) * V +
-                     per_chunk * static_cast<int64_t>(sizeof(Sums<C>)) / size;
+    const int64_t kept = static_cast<int64_t>(sizeof(Sums<C>) + 2 * sizeof(Scale<C>)) / size;
+    p.scratch_size = per_chunk * ((odd_lines(k * width) + odd_lines(width_in_tiles(p.out_w))) * V + kept);
   } else {
     const PlaneLayout l = plane_layout<C>(p);
     p.chunk_channels = l.group;

@@ -23,7 +23,6 @@ struct DwconvParams {
   // How the work is cut, filled in by dwconv_plan. A unit is one image x one chunk of channels x one band of rows.
   int64_t chunk_channels, chunks;
   int64_t band_rows, bands;
-  int64_t ring_rows, block_rows;  // channels_last: staged input rows, and output rows computed from them at once
   int64_t units;
   int64_t packed_size;   // elements of compute_t
   int64_t scratch_size;  // elements of compute_t, per thread

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from phases import feature_map, norm
 
 from effkernels import _native
-from effkernels.backends import DTYPES
 from effkernels.ops._activation import Activation
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv.op import DWCONV, NO_NORM
+from effkernels.ops.squeeze_excite.op import CHANNEL_SCALE, SE_GATE, SPATIAL_MEAN
 
 pytestmark = pytest.mark.skipif(_native.MISSING["cpp"] is not None, reason=f"cpp: {_native.MISSING['cpp']}")
 
 LAYOUTS = ("nchw", "channels_last", "sliced nchw", "sliced channels_last")
 SILU, RELU6, HARDSWISH = Activation.SILU, Activation.RELU6, Activation.HARDSWISH
 f32 = torch.float32
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 17, 32, 129])
@@ -32,7 +33,7 @@ def test_dwconv_sizes(layout, size, channels):
         phases.check_dwconv("cpp", x, weight, NO_NORM, NO_NORM, stride, padding, Reduce.MEAN)
 
 
-@pytest.mark.parametrize("dtype", DTYPES["cpp"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [3, 5, 7])
@@ -42,6 +43,25 @@ def test_dwconv_between_norms(k, stride, layout, dtype):
     norms = norm(19, SILU, dtype), norm(19, HARDSWISH, dtype)
     for padding, reduce in (("auto", Reduce.STATISTICS), ("same", Reduce.MEAN)):
         phases.check_dwconv("cpp", x, weight, *norms, stride, padding, reduce)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float64(layout):
+    """There is nothing more exact to hold float64 against: it agrees with PyTorch to rounding."""
+    x, weight = feature_map((3, 19, 14, 23), torch.float64, layout), torch.randn(19, 1, 5, 5, dtype=torch.float64)
+    first, second = norm(19, SILU, torch.float64), norm(19, HARDSWISH, torch.float64)
+    y, stats = DWCONV("cpp", x, weight, *first, *second, 2, 2, 2, 7, 12, Reduce.STATISTICS)
+    d = F.conv2d(phases.norm_act(x, first), weight, None, 2, 2, groups=19)
+    exact = dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, phases.norm_act(d, second), **exact)
+    torch.testing.assert_close(stats, torch.stack([y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)]), **exact)
+    weights = [torch.randn(s, dtype=torch.float64) for s in ((5, 19), (5,), (19, 5), (19,))]
+    pooled = SPATIAL_MEAN("cpp", x)
+    torch.testing.assert_close(pooled, x.mean((2, 3)), **exact)
+    gate = SE_GATE("cpp", pooled, *weights, SILU, Activation.SIGMOID)
+    expected = torch.sigmoid(F.linear(F.silu(F.linear(pooled, *weights[:2])), *weights[2:]))
+    torch.testing.assert_close(gate, expected, **exact)
+    torch.testing.assert_close(CHANNEL_SCALE("cpp", x, gate), x * gate[:, :, None, None], **exact)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -89,9 +109,9 @@ def test_statistics_of_a_mean_far_from_zero(layout):
     torch.testing.assert_close(sums[1], stats[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES["cpp"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 129, 1, 1), (1, 2, 1, 7), (1, 3, 7, 1), (2, 1, 13, 15), (2, 35, 40, 150)])
+@pytest.mark.parametrize("shape", [(3, 129, 1, 1), (9, 2, 1, 7), (9, 3, 7, 1), (2, 1, 13, 15), (2, 35, 40, 150)])
 def test_passes_over_a_map(shape, layout, dtype):
     x = feature_map(shape, dtype, layout)
     phases.check_bn_statistics("cpp", x)
@@ -100,7 +120,7 @@ def test_passes_over_a_map(shape, layout, dtype):
     phases.check_channel_scale("cpp", x, torch.rand(shape[:2], dtype=torch.promote_types(dtype, f32)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES["cpp"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", list(Activation))
 def test_activations(act, dtype):
     x = torch.tensor([-1e4, -90, -3.5, -3, -1, -0.0, 0, 1, 3, 3.5, 6, 7, 90, float("inf"), float("nan")])
@@ -125,7 +145,7 @@ def test_rounding_to_16_bits(dtype):
 
 
 @pytest.mark.parametrize("batch, channels, reduced", [(0, 3, 1), (1, 1, 1), (3, 17, 5), (2, 300, 129)])
-@pytest.mark.parametrize("dtype", DTYPES["cpp"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_se_gate(dtype, batch, channels, reduced):
     w1, w2 = torch.randn(reduced, channels) / channels**0.5, torch.randn(channels, reduced) / reduced**0.5
     weights = [w1.to(dtype), torch.randn(reduced).to(dtype), w2.to(dtype), None]
