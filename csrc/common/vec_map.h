@@ -81,7 +81,7 @@ struct Block {
   int64_t out_row, out_vector;
   int64_t rows, vectors;
   int last_lanes;
-  int64_t scale_step;  // from one vector's scale and sums to the next's: 0 or 1
+  int64_t scale_step = 0;  // from one vector's scale and sums to the next's: 0 or 1
 };
 
 template <class In, class Out>
@@ -129,6 +129,29 @@ Transform<In, Out> transform_for(int activation, bool sums) {
     chosen = sums ? &transform<In, Out, act, true> : &transform<In, Out, act, false>;
   });
   return chosen;
+}
+
+// Transposes kLanes vectors in place.
+template <class C>
+inline EFFK_INLINE void transpose(Vec<C>* rows) {
+  constexpr int V = kLanes<C>;
+  typename VecOf<C>::mask low, high;  // interleave the lower, the upper halves of two vectors
+  for (int i = 0; i < V; ++i) {
+    low[i] = i / 2 + i % 2 * V;
+    high[i] = low[i] + V / 2;
+  }
+  // Each of the log2(V) perfect shuffles of rows i and i + V / 2 moves one bit of the row's number to the lane's.
+#pragma GCC unroll 4
+  for (int step = 1; step < V; step *= 2) {
+    Vec<C> next[V];
+#pragma GCC unroll 8
+    for (int i = 0; i < V / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + V / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + V / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) rows[i] = next[i];
+  }
 }
 
 // f(T{}) for the storage type given at run time.

@@ -74,27 +74,49 @@ void conv_row(const C* const* rows, int ky_begin, int ky_end, const C* weights, 
   }
 }
 
-template <class T>
-void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> conv, compute_t<T>* scratch) {
-  using C = compute_t<T>;
+// One unit's channels of a map, and of its output from the unit's first row on; strides are in elements.
+template <class In, class Out>
+struct View {
+  const In* x;
+  int64_t stride_c, stride_h, stride_w;
+  Out* y;
+  int64_t y_pixel;   // from one pixel to the next; channels are next to each other
+  int64_t channels;  // in memory, at least the unit's
+};
+
+template <class In, class Out>
+void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>& view, ConvRow<compute_t<In>> conv,
+                       compute_t<In>* scratch) {
+  using C = compute_t<In>;
   constexpr int V = kLanes<C>;
   const int k = p.kernel_size;
-  const int64_t vectors = ceil_div(u.channels, V), width = padded_width(p), tiles = ceil_div(p.out_w, tile_of(p.out_w));
+  const int64_t vectors = ceil_div(view.channels, V), width = padded_width(p), tiles = ceil_div(p.out_w, tile_of(p.out_w));
   const int64_t left = min64(p.pad_left, width), columns = min64(p.x.w, width - left);
   const int64_t row_size = width * V, ring_size = odd_lines(k * width) * V;
   const int64_t line_size = odd_lines(width_in_tiles(p.out_w)) * V;
-  const int last_lanes = static_cast<int>((u.channels - 1) % V + 1);
+  const int last_lanes = static_cast<int>((view.channels - 1) % V + 1);
   C* rings = scratch;                     // [vectors][k][width][lanes]
   C* lines = rings + vectors * ring_size;  // [vectors][width_in_tiles][lanes]: one output row before the epilogue
   Sums<C>* sums = reinterpret_cast<Sums<C>*>(lines + vectors * line_size);
   Scale<C>* prologue = reinterpret_cast<Scale<C>*>(sums + vectors);
   Scale<C>* epilogue = prologue + vectors;
-  const Transform<T, C> stage = transform_for<T, C>(p.prologue.activation, false);
-  const Transform<C, T> finish = transform_for<C, T>(p.epilogue.activation, p.reduce != Reduce::kNone);
+  const Transform<In, C> transform_in = transform_for<In, C>(p.prologue.activation, false);
+  const Transform<C, Out> transform_out = transform_for<C, Out>(p.epilogue.activation, p.reduce != Reduce::kNone);
+  // A row of pixels, each of `vectors`; one whole vector a pixel makes a single row of vectors.
+  auto pixels = [&](auto block, int64_t in_pixel, int64_t out_pixel, int64_t count) {
+    if (vectors == 1 && last_lanes == V) {
+      block.rows = 1, block.vectors = count, block.in_vector = in_pixel, block.out_vector = out_pixel;
+    } else {
+      block.rows = count, block.vectors = vectors, block.in_row = in_pixel, block.out_row = out_pixel;
+      block.scale_step = 1;
+    }
+    block.last_lanes = last_lanes;
+    return block;
+  };
 
   for (int64_t i = 0; i < vectors * ring_size; i += V) store(rings + i, Vec<C>{});
   for (int64_t v = 0; v < vectors; ++v) {
-    const int lanes = v < vectors - 1 ? V : last_lanes;
+    const int lanes = static_cast<int>(min64(u.channels - v * V, V));
     prologue[v] = Scale<C>::lanes(p.prologue, u.c + v * V, lanes);
     epilogue[v] = Scale<C>::lanes(p.epilogue, u.c + v * V, lanes);
     sums[v] = Sums<C>{};
@@ -106,9 +128,10 @@ void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T
     const int ky_begin = static_cast<int>(min64(max64(-top, 0), k));
     const int ky_end = static_cast<int>(max64(min64(p.x.h - top, k), ky_begin));
     for (int64_t in = max64(staged, top); in < top + ky_end; ++in)
-      stage({row_of<T>(p.x, u.n, u.c, in), p.x.stride_w, V * p.x.stride_c, p.x.stride_c,
-             rings + in % k * row_size + left * V, V, ring_size, columns, vectors, last_lanes, 1},
-            prologue, nullptr);
+      transform_in(pixels(Block<In, C>{view.x + in * view.stride_h, 0, V * view.stride_c, view.stride_c,
+                                       rings + in % k * row_size + left * V, 0, ring_size},
+                          view.stride_w, V, columns),
+                   prologue, nullptr);
     staged = max64(staged, top + ky_end);
     for (int64_t v = 0; v < vectors; ++v) {
       const C* window[kMaxKernelSize];
@@ -116,10 +139,10 @@ void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T
       const C* weights = static_cast<const C*>(p.packed) + (u.c + v * V) * k * k;
       conv(window, ky_begin, ky_end, weights, tiles, lines + v * line_size);
       if (row == u.row && p.reduce == Reduce::kStatistics)
-        sums[v].origin = first_value<T>(p, lines + v * line_size, epilogue[v]);
+        sums[v].origin = first_value<Out>(p, lines + v * line_size, epilogue[v]);
     }
-    T* y = static_cast<T*>(p.y) + (u.n * p.out_h + row) * p.out_w * p.x.c + u.c;
-    finish({lines, V, line_size, 1, y, p.x.c, V, p.out_w, vectors, last_lanes, 1}, epilogue, sums);
+    Out* y = view.y + (row - u.row) * p.out_w * view.y_pixel;
+    transform_out(pixels(Block<C, Out>{lines, 0, line_size, 1, y, 0, V}, V, view.y_pixel, p.out_w), epilogue, sums);
   }
   if (p.reduce == Reduce::kNone) return;
   for (int64_t c = 0; c < u.channels; ++c) {
@@ -129,32 +152,60 @@ void run_channels_last(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T
   }
 }
 
-// --- NCHW: lanes are columns ------------------------------------------------------------------------------------------
+// --- NCHW, small maps: transposed on the way in and out ---------------------------------------------------------------
 //
-// A unit is a group of planes that stand side by side in a row, the zero columns between them shared, so that narrow
-// maps still fill a vector. The rows of a band are staged in scratch, converted, normalised, activated and padded, the
-// even and the odd columns apart for stride 2: [rows][stride][length]. Then kRowBlock output rows are accumulated at
-// once, so that a loaded vector serves up to k of them.
+// Lanes of columns would be half empty, or cost a row's overhead for a vector's work. A unit is kLanes channels.
+
+constexpr int64_t kSmallMap = 1024;  // pixels
+
+inline bool is_transposed(const DwconvParams& p) {
+  const bool dense = p.x.stride_w == 1 && (p.x.stride_h == p.x.w || p.x.h == 1);
+  return dense && max64(p.x.h * p.x.w, p.out_h * p.out_w) <= kSmallMap;
+}
+
+template <class T>
+void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> conv, compute_t<T>* scratch) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const int64_t pixels = p.x.h * p.x.w, out_pixels = p.out_h * p.out_w;
+  C* in = scratch;                                                     // [pixels][lanes]
+  T* out = reinterpret_cast<T*>(in + round_up<C>(pixels) * V);         // [out_pixels][lanes]
+  C* rest = in + (round_up<C>(pixels) + round_up<C>(out_pixels)) * V;
+  Vec<C> rows[V] = {};
+  const T* x = row_of<T>(p.x, u.n, u.c, 0);
+  T* y = static_cast<T*>(p.y) + (u.n * p.x.c + u.c) * out_pixels;
+  for (int64_t i = 0; i < pixels; i += V) {
+    // Hardware does not follow so many streams: the next unit's input and this one's output are fetched ahead.
+    for (int64_t c = 0; c < V; ++c) {
+      __builtin_prefetch(x + (V + c) * p.x.stride_c + i);
+      if (i < out_pixels) __builtin_prefetch(y + c * out_pixels + i, 1);
+      rows[c] = c < u.channels ? load_n(x + c * p.x.stride_c + i, static_cast<int>(min64(pixels - i, V))) : Vec<C>{};
+    }
+    transpose<C>(rows);
+    for (int64_t j = 0; j < V; ++j) store(in + (i + j) * V, rows[j]);
+  }
+  run_channels_last<C, T>(p, u, {in, 1, p.x.w * V, V, out, V, V}, conv, rest);
+  for (int64_t i = 0; i < out_pixels; i += V) {
+    for (int64_t j = 0; j < V; ++j) rows[j] = load(out + (i + j) * V);
+    transpose<C>(rows);
+    for (int64_t c = 0; c < u.channels; ++c)
+      store_n(y + c * out_pixels + i, rows[c], static_cast<int>(min64(out_pixels - i, V)));
+  }
+}
+
+// --- NCHW, large maps: lanes are columns ------------------------------------------------------------------------------
+//
+// A unit is a band of one plane. Its rows are staged in scratch, converted, normalised, activated and padded, the even
+// and the odd columns apart for stride 2: [rows][stride][length]. Then kRowBlock output rows are accumulated at once, so
+// that a loaded vector serves up to k of them.
 
 constexpr int kRowBlock = 7;
 
-struct PlaneLayout {
-  int64_t pitch;    // output columns from one plane to the next
-  int64_t group;    // planes in a unit
-  int64_t vectors;  // of a packed output row
-  int64_t length;   // of a staged row of one phase
-};
-
+// Of a staged row of one phase.
 template <class C>
-PlaneLayout plane_layout(const DwconvParams& p) {
-  constexpr int64_t V = kLanes<C>;
-  const int64_t s = p.stride, right = max64((p.out_w - 1) * s + p.kernel_size - p.pad_left - p.x.w, 0);
-  PlaneLayout l;
-  l.pitch = max64(ceil_div(p.x.w + max64(p.pad_left, right), s), p.out_w);
-  l.group = p.out_w > V ? 1 : max64(min64((V - p.out_w) / l.pitch + 1, p.x.c), 1);
-  l.vectors = ceil_div((l.group - 1) * l.pitch + p.out_w, V);
-  l.length = round_up<C>(max64(l.vectors * V, l.group * l.pitch) + p.kernel_size + p.pad_left);
-  return l;
+int64_t staged_length(const DwconvParams& p) {
+  const int64_t read = round_up<C>(p.out_w) + p.kernel_size, written = ceil_div(p.pad_left + p.x.w, p.stride);
+  return round_up<C>(max64(read, written));
 }
 
 // kRowBlock output rows, [kRowBlock][vectors][lanes]. `staged` begins at the first input row of the block; its rows
@@ -186,46 +237,36 @@ void conv_rows(const C* staged, int64_t length, int64_t begin, int64_t end, cons
 }
 
 template <class T>
-void run_planes(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> conv, compute_t<T>* scratch) {
+void run_plane(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> conv, compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>, R = kRowBlock;
-  const PlaneLayout l = plane_layout<C>(p);
-  const int64_t s = p.stride, taps = p.kernel_size * p.kernel_size;
-  const int64_t blocks = ceil_div(u.rows, R), in_rows = (blocks * R - 1) * s + p.kernel_size;
-  const int64_t top = u.row * s - p.pad_top, in_row = s * l.length, out_row = l.vectors * V;
-  C* weights = scratch;                        // [taps][lanes], in each lane the weights of its plane
-  C* staged = weights + taps * V;              // [in_rows][stride][length]
-  C* wide = staged + in_rows * in_row;         // [stride * length]: a row before its even and odd columns are parted
-  C* raw = wide + in_row;                      // [blocks * R][out_row]
-  C* plane = raw + blocks * R * out_row + V;   // [rows * out_w]
+  const int64_t s = p.stride, taps = p.kernel_size * p.kernel_size, length = staged_length<C>(p);
+  const int64_t vectors = ceil_div(p.out_w, V), blocks = ceil_div(u.rows, R);
+  const int64_t in_rows = (blocks * R - 1) * s + p.kernel_size, top = u.row * s - p.pad_top, in_row = s * length;
+  C* weights = scratch;                 // [taps][lanes], the same in each lane
+  C* staged = weights + taps * V;       // [in_rows][stride][length]
+  C* wide = staged + in_rows * in_row;  // [stride * length]: a row before its even and odd columns are parted
+  C* raw = wide + in_row;               // [blocks * R][vectors][lanes]
 
-  const C* packed = static_cast<const C*>(p.packed) + u.c * taps;
-  for (int64_t t = 0; t < taps; ++t) {
-    Vec<C> w = broadcast(packed[t]);
-    for (int64_t g = 1; g < u.channels; ++g)
-      w = lane_index<C>() < static_cast<C>(g * l.pitch) ? w : broadcast(packed[g * taps + t]);
-    store(weights + t * V, w);
-  }
+  for (int64_t t = 0; t < taps; ++t)
+    store(weights + t * V, broadcast(static_cast<const C*>(p.packed)[u.c * taps + t]));
 
   const int64_t first = max64(-top, 0), last = max64(min64(p.x.h - top, in_rows), first);
   const Transform<T, C> stage = transform_for<T, C>(p.prologue.activation, false);
+  const Scale<C> prologue = Scale<C>::one(p.prologue, u.c), epilogue = Scale<C>::one(p.epilogue, u.c);
   auto stage_rows = [&](int64_t row, int64_t rows, C* out) {
     for (int64_t i = 0; i < rows * in_row; i += V) store(out + i, Vec<C>{});
-    for (int64_t g = 0; g < u.channels; ++g) {
-      const Scale<C> scale = Scale<C>::one(p.prologue, u.c + g);
-      stage({row_of<T>(p.x, u.n, u.c + g, top + row), p.x.stride_h, V * p.x.stride_w, p.x.stride_w,
-             out + g * l.pitch * s + p.pad_left, in_row, V, rows, ceil_div(p.x.w, V),
-             static_cast<int>((p.x.w - 1) % V + 1), 0},
-            &scale, nullptr);
-    }
+    stage({row_of<T>(p.x, u.n, u.c, top + row), p.x.stride_h, V * p.x.stride_w, p.x.stride_w, out + p.pad_left, in_row,
+           V, rows, ceil_div(p.x.w, V), static_cast<int>((p.x.w - 1) % V + 1), 0},
+          &prologue, nullptr);
   };
   if (s == 1) {
     stage_rows(first, last - first, staged + first * in_row);
   } else {
     for (int64_t row = first; row < last; ++row) {
       stage_rows(row, 1, wide);
-      C *even = staged + row * in_row, *odd = even + l.length;
-      for (int64_t i = 0; i < l.length; ++i) {
+      C *even = staged + row * in_row, *odd = even + length;
+      for (int64_t i = 0; i < length; ++i) {
         even[i] = wide[2 * i];
         odd[i] = wide[2 * i + 1];
       }
@@ -233,33 +274,22 @@ void run_planes(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> con
   }
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t offset = b * R * s;
-    conv(staged + offset * in_row, l.length, first - offset, last - offset, weights, l.vectors, raw + b * R * out_row);
+    conv(staged + offset * in_row, length, first - offset, last - offset, weights, vectors, raw + b * R * vectors * V);
   }
+  Sums<C> sums;
+  if (p.reduce == Reduce::kStatistics) sums.origin = broadcast(first_value<T>(p, raw, epilogue)[0]);
+  T* y = static_cast<T*>(p.y) + ((u.n * p.x.c + u.c) * p.out_h + u.row) * p.out_w;
   const Transform<C, T> finish = transform_for<C, T>(p.epilogue.activation, p.reduce != Reduce::kNone);
-  for (int64_t g = 0; g < u.channels; ++g) {
-    const int64_t c = u.c + g;
-    const Scale<C> scale = Scale<C>::one(p.epilogue, c);
-    const C* source = raw + g * l.pitch;
-    T* y = static_cast<T*>(p.y) + ((u.n * p.x.c + c) * p.out_h + u.row) * p.out_w;
-    Sums<C> sums;
-    if (p.reduce == Reduce::kStatistics) sums.origin = broadcast(first_value<T>(p, source, scale)[0]);
-    // Rows narrower than a vector are first moved together: each one's surplus lanes are overwritten by the next.
-    const bool narrow = p.out_w < V;
-    if (narrow)
-      for (int64_t r = 0; r < u.rows; ++r) store(plane + r * p.out_w, load(source + r * out_row));
-    const int64_t rows = narrow ? 1 : u.rows, length = narrow ? u.rows * p.out_w : p.out_w;
-    finish({narrow ? plane : source, out_row, V, 1, y, p.out_w, V, rows, ceil_div(length, V),
-            static_cast<int>((length - 1) % V + 1), 0},
-           &scale, &sums);
-    if (p.reduce == Reduce::kNone) continue;
-    double sum = 0, square = 0;
-    for (int i = 0; i < V; ++i) {
-      sum += sums.sum[i];
-      square += sums.square[i];
-    }
-    write_partial(p.partials, p.reduce, p.x.c, u.partial, c, sums.origin[0], sum, square,
-                  static_cast<double>(u.rows * p.out_w));
+  finish({raw, vectors * V, V, 1, y, p.out_w, V, u.rows, vectors, static_cast<int>((p.out_w - 1) % V + 1), 0}, &epilogue,
+         &sums);
+  if (p.reduce == Reduce::kNone) return;
+  double sum = 0, square = 0;
+  for (int i = 0; i < V; ++i) {
+    sum += sums.sum[i];
+    square += sums.square[i];
   }
+  write_partial(p.partials, p.reduce, p.x.c, u.partial, u.c, sums.origin[0], sum, square,
+                static_cast<double>(u.rows * p.out_w));
 }
 
 // --- dispatch ---------------------------------------------------------------------------------------------------------
@@ -268,35 +298,37 @@ constexpr int64_t kL1Bytes = 32 << 10;
 constexpr int64_t kL2Bytes = 256 << 10;
 constexpr int64_t kMinUnits = 32;  // enough for many cores to share evenly
 
+inline bool lanes_are_channels(const DwconvParams& p) { return p.channels_last || is_transposed(p); }
+
 template <class C>
 void plan(DwconvParams& p) {
   constexpr int64_t V = kLanes<C>, size = sizeof(C);
-  const int64_t k = p.kernel_size, s = p.stride;
+  const int64_t k = p.kernel_size, s = p.stride, vectors = ceil_div(p.x.c, V);
+  const int64_t kept = static_cast<int64_t>(sizeof(Sums<C>) + 2 * sizeof(Scale<C>)) / size;
+  const int64_t per_vector = (odd_lines(k * padded_width(p)) + odd_lines(width_in_tiles(p.out_w))) * V + kept;
   if (p.channels_last) {
-    const int64_t vectors = ceil_div(p.x.c, V), width = padded_width(p);
-    const int64_t fitting = max64(min64(kL2Bytes / (k * width * V * size), vectors), 1);
+    const int64_t fitting = max64(min64(kL2Bytes / size / per_vector, vectors), 1);
     const int64_t per_chunk = ceil_div(vectors, ceil_div(vectors, fitting));
     p.chunk_channels = per_chunk * V;
-    p.chunks = ceil_div(vectors, per_chunk);
-    p.packed_size = vectors * V * k * k;
-    const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * p.chunks, 1));
+    const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * ceil_div(vectors, per_chunk), 1));
     p.band_rows = max64(ceil_div(p.out_h, wanted), min64(p.out_h, 4 * k));
-    const int64_t kept = static_cast<int64_t>(sizeof(Sums<C>) + 2 * sizeof(Scale<C>)) / size;
-    p.scratch_size = per_chunk * ((odd_lines(k * width) + odd_lines(width_in_tiles(p.out_w))) * V + kept);
+    p.scratch_size = per_chunk * per_vector;
+  } else if (is_transposed(p)) {
+    p.chunk_channels = V;
+    p.band_rows = p.out_h;
+    p.scratch_size = (round_up<C>(p.x.h * p.x.w) + round_up<C>(p.out_h * p.out_w)) * V + per_vector;
   } else {
-    const PlaneLayout l = plane_layout<C>(p);
-    p.chunk_channels = l.group;
-    p.chunks = ceil_div(p.x.c, l.group);
-    p.packed_size = p.x.c * k * k;
-    const int64_t row_bytes = (s * s * l.length + l.vectors * V) * size;
-    const int64_t rows = max64(kL1Bytes / row_bytes / kRowBlock, 1) * kRowBlock;
+    p.chunk_channels = 1;
+    const int64_t length = staged_length<C>(p), out_row = round_up<C>(p.out_w);
+    const int64_t rows = max64(kL1Bytes / size / (s * s * length + out_row) / kRowBlock, 1) * kRowBlock;
     p.band_rows = ceil_div(p.out_h, ceil_div(p.out_h, rows));
     const int64_t blocks = ceil_div(p.band_rows, kRowBlock), in_rows = (blocks * kRowBlock - 1) * s + k;
-    p.scratch_size = k * k * V + (in_rows + 1) * s * l.length + blocks * kRowBlock * l.vectors * V + V +
-                     round_up<C>(p.band_rows * p.out_w) + V;
+    p.scratch_size = k * k * V + (in_rows + 1) * s * length + blocks * kRowBlock * out_row;
   }
+  p.chunks = ceil_div(p.x.c, p.chunk_channels);
   p.bands = ceil_div(p.out_h, p.band_rows);
   p.units = p.x.n * p.chunks * p.bands;
+  p.packed_size = lanes_are_channels(p) ? vectors * V * k * k : p.x.c * k * k;
 }
 
 template <class T>
@@ -306,7 +338,7 @@ void pack(const DwconvParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
   C* packed = static_cast<C*>(p.packed);
   const int64_t taps = p.kernel_size * p.kernel_size;
-  if (p.channels_last) {
+  if (lanes_are_channels(p)) {
     for (int64_t c = 0; c < p.x.c; c += V)  // [C / V][k * k][V], zero past the last channel
       for (int64_t t = 0; t < taps; ++t)
         store(packed + c * taps + t * V,
@@ -326,7 +358,15 @@ void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scr
   C* buffer = static_cast<C*>(scratch);
   for (int64_t i = first_unit; i < last_unit; ++i) {
     const Unit u = unit_at(p, i);
-    p.channels_last ? run_channels_last<T>(p, u, row, buffer) : run_planes<T>(p, u, &conv_rows<C, K, S>, buffer);
+    if (p.channels_last) {
+      T* y = static_cast<T*>(p.y) + (u.n * p.out_h + u.row) * p.out_w * p.x.c + u.c;
+      const View<T, T> view{row_of<T>(p.x, u.n, u.c, 0), p.x.stride_c, p.x.stride_h, p.x.stride_w, y, p.x.c, u.channels};
+      run_channels_last<T, T>(p, u, view, row, buffer);
+    } else if (is_transposed(p)) {
+      run_transposed<T>(p, u, row, buffer);
+    } else {
+      run_plane<T>(p, u, &conv_rows<C, K, S>, buffer);
+    }
   }
 }
 
