@@ -38,7 +38,11 @@ for _backend, _library in (("cpp", "cpu"), ("cuda", "cuda")):
         except OSError as error:
             MISSING[_backend] = f"does not load: {error}"
 # The pybind11 module of csrc/introspection; None where it could not be built.
-introspection = _load_introspection()
+introspection = None
+try:
+    introspection = _load_introspection()
+except ImportError as error:
+    warnings.warn(f"effkernels runs without its introspection module: {error}", stacklevel=2)
 
 if MISSING["cpp"]:
     warnings.warn(f"effkernels runs without its C++ kernels: {MISSING['cpp']}", stacklevel=2)

@@ -41,7 +41,7 @@ class Explanation:
 def explain(module_or_op: Callable[..., Any], *example_inputs: Any, **kwargs: Any) -> Explanation:
     """Call a module, or an op of `effkernels.ops`, and tell which backend took each op call and why not the others.
 
-    A module is copied first and the CPU's random state is restored, so that the call leaves no trace.
+    A module is copied first and the CPU's random state is restored, so that its call leaves no trace.
 
     >>> print(effkernels.explain(model, images))
     """

@@ -1,6 +1,7 @@
 // Between PyTorch's tensors (stable ABI) and the torch-free CPU kernels.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -23,6 +24,16 @@ namespace effk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// What only a caller of the dispatcher's ops can get wrong: the public functions check with better words.
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -91,9 +102,12 @@ auto with_data(const Tensor& t, F f) {
 class FoldedNorm {
  public:
   FoldedNorm(const std::optional<Tensor>& mean, const std::optional<Tensor>& var, const std::optional<Tensor>& gamma,
-             const std::optional<Tensor>& beta, double eps, int64_t activation, Dtype dtype)
+             const std::optional<Tensor>& beta, double eps, int64_t activation, Dtype dtype, int64_t channels)
       : activation_(static_cast<int32_t>(activation)) {
     if (!mean) return;
+    require(var.has_value(), "effkernels: a BatchNorm with a mean needs a variance");
+    for (const auto* t : {&mean, &var, &gamma, &beta})
+      require(!*t || has_shape(**t, {channels}), "effkernels: the tensors of a BatchNorm must have shape [C]");
     channels_ = mean->numel();
     dtype == Dtype::kFloat64 ? fold<double>(*mean, *var, gamma, beta, eps) : fold<float>(*mean, *var, gamma, beta, eps);
   }
@@ -142,9 +156,11 @@ void* scratch(size_t bytes) {
   };
   static thread_local Buffer buffer;
   if (bytes > buffer.size) {
-    buffer.size = (bytes + 63) / 64 * 64;
-    buffer.data.reset(std::aligned_alloc(64, buffer.size));
-    if (!buffer.data) throw std::bad_alloc();
+    const size_t size = (bytes + 63) / 64 * 64;
+    void* data = std::aligned_alloc(64, size);
+    if (!data) throw std::bad_alloc();
+    buffer.data.reset(data);
+    buffer.size = size;
   }
   return buffer.data.get();
 }

@@ -104,19 +104,18 @@ void transform(const Block<In, Out>& b, const Scale<compute_t<In>>* scales, Sums
       s.run_sum += deviation;
       s.run_square += deviation * deviation;
     };
-    if (b.lane_stride == 1) {
+    auto runs = [&](auto load) EFFK_INLINE {
       for (int64_t begin = 0; begin < whole; begin += kRun) {
         const int64_t end = min64(begin + kRun, whole);
-        for (int64_t i = begin; i < end; ++i) one(i, load(in + i * b.in_vector), kLanes<C>);
+        for (int64_t i = begin; i < end; ++i) one(i, load(in + i * b.in_vector, kLanes<C>), kLanes<C>);
         if (kSum && b.scale_step == 0) sums->end_run();
       }
-      if (whole < b.vectors) one(whole, load_n(in + whole * b.in_vector, b.last_lanes), b.last_lanes);
-    } else {
-      for (int64_t i = 0; i < b.vectors; ++i) {
-        const int lanes = i < whole ? kLanes<C> : b.last_lanes;
-        one(i, load_strided(in + i * b.in_vector, b.lane_stride, lanes), lanes);
-      }
-    }
+      if (whole < b.vectors) one(whole, load(in + whole * b.in_vector, b.last_lanes), b.last_lanes);
+    };
+    if (b.lane_stride == 1)
+      runs([](const In* at, int lanes) EFFK_INLINE { return load_n(at, lanes); });
+    else
+      runs([&](const In* at, int lanes) EFFK_INLINE { return load_strided(at, b.lane_stride, lanes); });
     if (kSum && (b.scale_step == 0 || (row + 1) % kRun == 0 || row + 1 == b.rows))
       for (int64_t i = 0; i < (b.scale_step ? b.vectors : 1); ++i) sums[i].end_run();
   }

@@ -11,8 +11,14 @@ std::tuple<Tensor, Tensor> dwconv(
     std::optional<Tensor> var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
     int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h, int64_t out_w, int64_t reduce) {
   const Dtype dtype = dtype_of(x);
-  const FoldedNorm prologue(mean1, var1, gamma1, beta1, eps1, act1, dtype);
-  const FoldedNorm epilogue(mean2, var2, gamma2, beta2, eps2, act2, dtype);
+  const int64_t c = x.size(1), k = weight.size(2);
+  require(weight.scalar_type() == x.scalar_type() && has_shape(weight, {c, 1, k, k}) && (k == 3 || k == 5 || k == 7),
+          "effkernels::dwconv: weight must be [C, 1, k, k] with k 3, 5 or 7, of the dtype of x");
+  require(stride == 1 || stride == 2, "effkernels::dwconv: stride must be 1 or 2");
+  require(pad_top >= 0 && pad_left >= 0 && out_h > 0 && out_w > 0,
+          "effkernels::dwconv: padding must not be negative, the output not empty");
+  const FoldedNorm prologue(mean1, var1, gamma1, beta1, eps1, act1, dtype, c);
+  const FoldedNorm epilogue(mean2, var2, gamma2, beta2, eps2, act2, dtype, c);
   const bool channels_last = is_channels_last(x);
   const Tensor filter = torch::stable::contiguous(weight);  // small
   const Tensor y = empty_map(x, out_h, out_w, channels_last);
@@ -21,7 +27,7 @@ std::tuple<Tensor, Tensor> dwconv(
   p.dtype = dtype;
   p.x = map_of(x);
   p.weight = filter.const_data_ptr();
-  p.kernel_size = static_cast<int32_t>(weight.size(2));
+  p.kernel_size = static_cast<int32_t>(k);
   p.stride = static_cast<int32_t>(stride);
   p.pad_top = pad_top;
   p.pad_left = pad_left;

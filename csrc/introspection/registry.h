@@ -6,7 +6,7 @@
 //     #include "introspection/registry.h"
 //
 //     EFFK_INTROSPECTION(m) {
-//       m.def("dwconv_plan", &effk::dwconv::make_plan, py::arg("batch"), py::arg("channels"), ...);
+//       m.def("dwconv_plan", ...);  // map_pass/plan_bind.cpp is a short example
 //     }
 //
 // The module links neither torch nor CUDA, so plan.h is plain host C++.

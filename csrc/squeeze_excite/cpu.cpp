@@ -11,6 +11,13 @@ Tensor spatial_mean(const Tensor& x) {
 
 Tensor se_gate(const Tensor& pooled, const Tensor& w1, std::optional<Tensor> b1, const Tensor& w2,
                std::optional<Tensor> b2, int64_t act, int64_t gate) {
+  const int64_t c = pooled.size(1), r = w1.size(0);
+  require(pooled.scalar_type() == statistics_dtype(w1) && w2.scalar_type() == w1.scalar_type(),
+          "effkernels::se_gate: the weights must have one dtype, pooled be float32, or float64 as they are");
+  require(has_shape(w1, {r, c}) && has_shape(w2, {c, r}), "effkernels::se_gate: w1 must be [R, C], w2 [C, R]");
+  for (const auto& [bias, size] : {std::pair(&b1, r), std::pair(&b2, c)})
+    require(!*bias || (has_shape(**bias, {size}) && (*bias)->scalar_type() == w1.scalar_type()),
+            "effkernels::se_gate: b1 must be [R], b2 [C], of the dtype of the weights");
   // All small: dense copies cost nothing beside a pass over a map.
   auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const Tensor in = dense(pooled), v1 = dense(w1), v2 = dense(w2);
@@ -26,8 +33,8 @@ Tensor se_gate(const Tensor& pooled, const Tensor& w1, std::optional<Tensor> b1,
   p.w2 = v2.const_data_ptr();
   p.b2 = c2 ? c2->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
-  p.c = pooled.size(1);
-  p.r = w1.size(0);
+  p.c = c;
+  p.r = r;
   p.activation = static_cast<int32_t>(act);
   p.gate = static_cast<int32_t>(gate);
   const auto run = EFFK_CPU_FUNCTION(se_gate_run);
@@ -38,6 +45,8 @@ Tensor se_gate(const Tensor& pooled, const Tensor& w1, std::optional<Tensor> b1,
 }
 
 Tensor channel_scale(const Tensor& x, const Tensor& gate) {
+  require(has_shape(gate, {x.size(0), x.size(1)}) && gate.scalar_type() == statistics_dtype(x),
+          "effkernels::channel_scale: gate must be [N, C], float32, or float64 where x is");
   const Tensor g = torch::stable::contiguous(gate);
   const Affine affine{g.const_data_ptr(), nullptr, kIdentity};
   return *std::get<0>(map_pass(x, affine, x.size(1), true, Reduce::kNone));

@@ -267,6 +267,11 @@ class MBConv(_Block):
         self.project = ConvBNAct(hidden, out_channels, activation="identity", **norm)
         self.drop_path = DropPath(drop_path)
         self.has_shortcut = stride == 1 and in_channels == out_channels
+        if self.has_shortcut and isinstance(padding, int) and padding != kernel_size // 2:
+            raise ValueError(
+                f"{type(self).__name__}: padding must keep the map's size where there is a shortcut, "
+                f"{kernel_size // 2} for kernel_size {kernel_size}, got {padding}"
+            )
 
 
 class FusedMBConv(_Block):
@@ -321,6 +326,11 @@ class FusedMBConv(_Block):
         self.project = None if single else ConvBNAct(hidden, out_channels, activation="identity", **norm)
         self.drop_path = DropPath(drop_path)
         self.has_shortcut = stride == 1 and in_channels == out_channels
+        if self.has_shortcut and isinstance(padding, int) and padding != kernel_size // 2:
+            raise ValueError(
+                f"{type(self).__name__}: padding must keep the map's size where there is a shortcut, "
+                f"{kernel_size // 2} for kernel_size {kernel_size}, got {padding}"
+            )
 
 
 def _squeeze_excite(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 KERNEL_BACKENDS = ("cpp", "cuda", "triton")
@@ -58,15 +59,24 @@ class Op:
         self.implement("triton", implementation)
 
     def __call__(self, backend: str, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overloads[backend](*args)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise RuntimeError(
+                f"effkernels::{self.name}.{backend} has no forward-mode derivative; use_backend('eager') has"
+            )
         # The autograd.Function is the same formula with a third of register_autograd's overhead per call.
         if (
             backend in self._functions
             and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
             and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
         ):
             return self._functions[backend].apply(*args)
         return self.overloads[backend](*args)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def _no_gradient(name: str) -> Callable[..., Any]:

@@ -296,6 +296,69 @@ def test_empty_batch(backend):
     assert ops.squeeze_excite(y, *gate_weights(), pooled=pooled).shape == y.shape
 
 
+@needs_cpp
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_of_an_empty_batch(training):
+    vectors = [t.requires_grad_() for t in convolution()[:3]], convolution()[3:]
+    with use_backend("cpp"):
+        x = torch.empty(0, 6, 9, 9, requires_grad=True)
+        y, pooled = ops.dwconv_bn_swish(x, *vectors[0], *vectors[1], training=training, return_pooled=True)
+        ops.squeeze_excite(y, *gate_weights(), pooled=pooled).sum().backward()
+    assert x.grad.shape == x.shape and all((t.grad == 0).all() for t in vectors[0])
+
+
+@needs_cpp
+@pytest.mark.parametrize("needed", ["x", "weight", "bn_weight", "bn_bias"])
+def test_only_the_gradients_asked_for(needed):
+    names = ("x", "weight", "bn_weight", "bn_bias")
+    tensors = dict(zip(names, [torch.randn(2, 6, 5, 5), *convolution()[:3]], strict=True))
+    tensors[needed].requires_grad_()
+    with use_backend("cpp"):
+        y = ops.dwconv_bn_swish(*tensors.values(), None, None, training=True)
+    y.square().sum().backward()
+    (expected,) = torch.autograd.grad(
+        dwconv_reference(*tensors.values(), None, None, True, 1, "auto")[0].square().sum(), tensors[needed]
+    )
+    torch.testing.assert_close(tensors[needed].grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+def test_forward_mode_is_refused():
+    x = torch.randn(2, 6, 4, 4)
+    with use_backend("cpp"), pytest.raises(RuntimeError, match=r"bn_act\.cpp has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.bn_act(x, None, None, None, None, training=True), (x,), (x,))
+
+
+@needs_cpp
+def test_vmap_of_inference():
+    weight, *rest = convolution()
+    x = torch.randn(3, 2, 6, 5, 5)
+    with use_backend("cpp"):
+        got = torch.vmap(lambda x: ops.dwconv_bn_swish(x, weight, *rest))(x)
+        expected = torch.stack([ops.dwconv_bn_swish(one, weight, *rest) for one in x])
+    torch.testing.assert_close(got, expected)
+
+
+@needs_cpp
+def test_the_dispatcher_ops_check_too():
+    x, weight = torch.ones(1, 6, 4, 4), torch.ones(6, 1, 3, 3)
+    window = (1, 1, 1, 4, 4, 0)
+    with pytest.raises(ValueError, match="weight must be"):
+        DWCONV("cpp", x, torch.ones(6, 1, 1, 1), *NO_NORM, *NO_NORM, *window)
+    with pytest.raises(ValueError, match=r"must have shape \[C\]"):
+        DWCONV("cpp", x, weight, *NO_NORM, torch.ones(5), torch.ones(6), None, None, 0.0, 0, *window)
+    with pytest.raises(ValueError, match=r"gate must be \[N, C\]"):
+        CHANNEL_SCALE("cpp", x, torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"w1 must be \[R, C\]"):
+        SE_GATE("cpp", torch.ones(1, 6), torch.ones(2, 5), None, torch.ones(6, 2), None, 1, 5)
+
+
+def test_autocast_leaves_float64_alone(backend):
+    x, vectors = torch.randn(2, 6, 8, 8, dtype=f64), [t.to(f64) for t in convolution()]
+    with torch.autocast("cpu", dtype=bf16):
+        assert ops.dwconv_bn_swish(x, *vectors).dtype == f64
+
+
 GOOD = dict(zip(("weight", "bn_weight", "bn_bias", "running_mean", "running_var"), convolution(), strict=True))
 BAD_CONVOLUTIONS = {
     "no tensor": (dict(x=[1.0]), TypeError, r"x must be a tensor \[N, C, H, W\], got list"),
@@ -315,6 +378,7 @@ BAD_CONVOLUTIONS = {
         TypeError,
         "weight must have the dtype of x, torch.float32",
     ),
+    "fractional stride": (dict(stride=1.0), ValueError, r"stride must be one of \(1, 2\), got 1.0"),
     "stride": (dict(stride=3), ValueError, r"stride must be one of \(1, 2\), got 3"),
     "padding name": (dict(padding="valid"), TypeError, 'padding must be an int, "auto" or "same", got \'valid\''),
     "negative padding": (dict(padding=-1), ValueError, "padding must not be negative, got -1"),

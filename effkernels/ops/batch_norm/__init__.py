@@ -61,5 +61,5 @@ def update_running_statistics(
     if running_mean is None or running_var is None or count == 0:
         return
     mean, var = stats.detach()
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        running.copy_(running.to(batch.dtype).lerp(batch, momentum))

@@ -1,5 +1,6 @@
 """BatchNorm and activation: `bn_statistics` and `bn_apply`, the phase ops, and `bn_act`, the differentiable fusion."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ aten = torch.ops.aten
 
 
 class Reduce(IntEnum):
-    """What a kernel sums over its output as stored, in the pass that writes it (csrc/common/reduce.h)."""
+    """What a kernel sums over its output as stored, in the pass that writes it (the same codes in csrc/common)."""
 
     NONE = 0
     MEAN = 1  # over the map: [N, C]
@@ -25,6 +26,12 @@ class Reduce(IntEnum):
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def fake_sums(y: Tensor, reduce: int) -> Tensor:
+    n, c = y.shape[:2]
+    shape = {Reduce.NONE: (0,), Reduce.MEAN: (n, c), Reduce.STATISTICS: (2, c)}[Reduce(reduce)]
+    return y.new_empty(shape, dtype=statistics_dtype(y))
 
 
 def _bn_statistics_fake(x: Tensor) -> Tensor:
@@ -39,8 +46,8 @@ BN_STATISTICS.implement_in_triton("effkernels.ops.batch_norm.triton")
 def _bn_apply_fake(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int, reduce: int
 ) -> tuple[Tensor, Tensor]:
-    shape = tuple(x.shape[:2]) if reduce == Reduce.MEAN else (0,)
-    return empty_map(x, x.shape), x.new_empty(shape, dtype=statistics_dtype(x))
+    y = empty_map(x, x.shape)
+    return y, fake_sums(y, reduce)
 
 
 # y = act(gamma * (x - mean) / sqrt(var + eps) + beta), and with Reduce.MEAN its mean over the map [N, C].
@@ -80,32 +87,38 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, gamma, beta, stats = ctx.saved_tensors
-    grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.eps, ctx.act)
+    needs = ctx.needs_input_grad[:3]
+    grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.eps, ctx.act, needs)
     return *grads, *(None,) * 5
 
 
 def bn_act_backward(
     grad_y: Tensor | None, grad_pooled: Tensor | None, x: Tensor, stats: Tensor, gamma: Tensor | None,
-    beta: Tensor | None, training: bool, eps: float, act: int,
+    beta: Tensor | None, training: bool, eps: float, act: int, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, gamma and beta for y = act(bn(x)) and its mean over the map, from x alone."""
+    """The gradients that `needs` asks for of x, gamma and beta for y = act(bn(x)) and its mean, from x alone."""
     if grad_pooled is not None:
         spread = (grad_pooled / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
         grad_y = spread.expand_as(x) if grad_y is None else grad_y + spread
-    if grad_y is None:
+    if grad_y is None or not any(needs):
         return None, None, None
+    if x.numel() == 0:
+        # The library's formula divides by the number of values.
+        empty = zip((x, gamma, beta), needs, strict=True)
+        grad_x, grad_gamma, grad_beta = (torch.zeros_like(t) if t is not None and need else None for t, need in empty)
+        return grad_x, grad_gamma, grad_beta
     mean, var = stats
     wide_gamma, wide_beta = (None if t is None else t.to(stats.dtype) for t in (gamma, beta))
     z = F.batch_norm(x, mean, var, wide_gamma, wide_beta, False, 0.0, eps)
     grad_z = activate_backward(grad_y, z, act)
     grad_x, grad_gamma, grad_beta = aten.native_batch_norm_backward(
         grad_z, x, wide_gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
-        (True, gamma is not None, beta is not None),
+        list(needs),
     )  # fmt: skip
     return (
-        grad_x,
-        None if gamma is None else grad_gamma.to(gamma.dtype),
-        None if beta is None else grad_beta.to(beta.dtype),
+        grad_x if needs[0] else None,
+        None if gamma is None or not needs[1] else grad_gamma.to(gamma.dtype),
+        None if beta is None or not needs[2] else grad_beta.to(beta.dtype),
     )
 
 

@@ -154,9 +154,9 @@ def _arguments(
         raise ValueError(f"{name}: weight must be [C, 1, k, k] with k in {KERNEL_SIZES}, got {list(weight.shape)}")
     k = weight.shape[2]
     _checks.shaped(name, "weight", weight, [x.shape[1], 1, k, k], x)
-    if stride not in STRIDES:
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride not in STRIDES:
         raise ValueError(f"{name}: stride must be one of {STRIDES}, got {stride!r}")
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     _checks.same_dtype(name, "weight", weight, "x", x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from effkernels.ops._geometry import extra_padding
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import KERNEL_BACKENDS, Op
-from effkernels.ops.batch_norm.op import BN_APPLY, Reduce, bn_act_backward, statistics_dtype
+from effkernels.ops.batch_norm.op import BN_APPLY, Reduce, bn_act_backward, fake_sums, statistics_dtype
 
 aten = torch.ops.aten
 NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
@@ -24,8 +24,7 @@ def _dwconv_fake(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, c = x.shape[:2]
     y = empty_map(x, (n, c, out_h, out_w))
-    shape = {Reduce.NONE: (0,), Reduce.MEAN: (n, c), Reduce.STATISTICS: (2, c)}[Reduce(reduce)]
-    return y, x.new_empty(shape, dtype=statistics_dtype(x))
+    return y, fake_sums(y, reduce)
 
 
 # y = act2(bn2(conv(act1(bn1(x))))): prologue and epilogue are applied where their mean is given; padding is zero after
@@ -78,12 +77,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, gamma, beta, d, stats = ctx.saved_tensors
+    need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
+    grad_pooled = grad_pooled if ctx.pool else None
+    needs = (need_x or need_weight, *need_affine)
     grad_d, grad_gamma, grad_beta = bn_act_backward(
-        grad_y, grad_pooled if ctx.pool else None, d, stats, gamma, beta, ctx.training, ctx.eps, ctx.act
+        grad_y, grad_pooled, d, stats, gamma, beta, ctx.training, ctx.eps, ctx.act, needs
     )
-    need_x, need_weight = ctx.needs_input_grad[:2]
     grad_x = grad_weight = None
-    if grad_d is not None and (need_x or need_weight):
+    if grad_d is not None:
         # The library's formula pads both sides alike: what "same" adds at the end is made explicit.
         (h, w), k, stride = x.shape[2:], weight.shape[2], ctx.stride
         bottom = extra_padding(h, d.shape[2], ctx.top, k, stride)

@@ -59,7 +59,7 @@ def _se_gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def gate_backward(
     grad_gate: Tensor, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of pooled, w1, b1, w2, b2. The tensors are small: everything is recomputed from `pooled`."""
     wide = [None if t is None else t.to(pooled.dtype) for t in (w1, b1, w2, b2)]
     v1, c1, v2, c2 = wide
@@ -124,13 +124,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, pooled, g, w1, b1, w2, b2 = ctx.saved_tensors
+    need_x, *need_gate = ctx.needs_input_grad[:6]
+    grad_x = grad_y * g.to(x.dtype)[:, :, None, None] if need_x else None
+    if not any(need_gate) and ctx.pooled_given:
+        return grad_x, *(None,) * 7
     grad_gate = (grad_y * x).sum((2, 3), dtype=g.dtype)
     grad_pooled, *grad_weights = gate_backward(grad_gate, pooled, w1, b1, w2, b2, ctx.act, ctx.gate)
-    assert grad_pooled is not None
-    grad_x = grad_y * g.to(x.dtype)[:, :, None, None]
-    if not ctx.pooled_given:
+    if ctx.pooled_given:
+        return grad_x, grad_pooled, *grad_weights, None, None
+    if grad_x is not None:
         grad_x = grad_x + _spread(grad_pooled, x.shape, x.dtype)
-    return grad_x, grad_pooled if ctx.pooled_given else None, *grad_weights, None, None
+    return grad_x, None, *grad_weights, None, None
 
 
 SQUEEZE_EXCITE = Op(
