@@ -5,9 +5,11 @@ from typing import Annotated
 import typer
 
 import effkernels
+from effkernels.demo import demo
 from effkernels.doctor import doctor
 
 app = typer.Typer(help=effkernels.__doc__, no_args_is_help=True, add_completion=False)
+app.command()(demo)
 app.command()(doctor)
 
 

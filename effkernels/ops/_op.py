@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 KERNEL_BACKENDS = ("cpp", "cuda", "triton")
 _library = torch.library.Library("effkernels", "DEF")
+
+# Of each fusion's overload, the Python function that calls its phases.
+COMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 class Op:
@@ -48,6 +52,12 @@ class Op:
     def implement(self, backend: str, function: Callable[..., Any]) -> None:
         """Register a Python implementation."""
         _library.impl(f"{self.name}.{backend}", function, "CompositeExplicitAutograd")
+
+    def compose(self, function: Callable[..., Any]) -> None:
+        """Register `function(backend, *args)`, which calls the phase ops of `backend`, for every backend."""
+        for backend, overload in self.overloads.items():
+            COMPOSITIONS[overload] = partial(function, backend)
+            self.implement(backend, COMPOSITIONS[overload])
 
     def implement_in_triton(self, module: str) -> None:
         """Register the function named like this op in `module`, imported at the first call: triton is optional."""

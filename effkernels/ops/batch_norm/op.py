@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from effkernels.ops._activation import activate_backward
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import KERNEL_BACKENDS, Op
+from effkernels.ops._op import Op
 
 aten = torch.ops.aten
 
@@ -130,5 +129,4 @@ BN_ACT = Op(
     setup_context=_setup_context,
     backward=_backward,
 )
-for _backend in KERNEL_BACKENDS:
-    BN_ACT.implement(_backend, partial(_bn_act, _backend))
+BN_ACT.compose(_bn_act)

@@ -1,6 +1,5 @@
 """The depthwise convolution: `dwconv`, its phase op, and `dwconv_bn_act`, the differentiable fusion."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from effkernels.ops._geometry import extra_padding
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import KERNEL_BACKENDS, Op
+from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import BN_APPLY, Reduce, bn_act_backward, fake_sums, statistics_dtype
 
 aten = torch.ops.aten
@@ -108,5 +107,4 @@ DWCONV_BN_ACT = Op(
     setup_context=_setup_context,
     backward=_backward,
 )
-for _backend in KERNEL_BACKENDS:
-    DWCONV_BN_ACT.implement(_backend, partial(_dwconv_bn_act, _backend))
+DWCONV_BN_ACT.compose(_dwconv_bn_act)

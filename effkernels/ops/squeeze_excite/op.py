@@ -1,6 +1,5 @@
 """Squeeze-excite: the phases `spatial_mean`, `se_gate`, `channel_scale`, and `squeeze_excite`, the fusion."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from effkernels.ops._activation import activate, activate_backward
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import KERNEL_BACKENDS, Op
+from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import statistics_dtype
 
 
@@ -145,5 +144,4 @@ SQUEEZE_EXCITE = Op(
     setup_context=_setup_context,
     backward=_backward,
 )
-for _backend in KERNEL_BACKENDS:
-    SQUEEZE_EXCITE.implement(_backend, partial(_squeeze_excite, _backend))
+SQUEEZE_EXCITE.compose(_squeeze_excite)
