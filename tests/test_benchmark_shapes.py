@@ -28,7 +28,7 @@ def test_shapes_are_those_of_the_model():
         for module in model.modules():
             if isinstance(module, effkernels.MBConv):
                 module.register_forward_hook(see)
-        with torch.no_grad():
+        with torch.no_grad(), effkernels.use_backend("eager"):
             model(torch.empty(1, 3, 224, 224, device="meta"))
         # A squeeze-excite width may go with several convolutions: one is enough.
         assert {row[:4] for row in listed} == {block[:4] for block in blocks}
