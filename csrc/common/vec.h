@@ -215,10 +215,29 @@ inline EFFK_INLINE Vec<C> keep_n(Vec<C> v, int n) {
 }
 
 template <class C>
-inline EFFK_INLINE double sum(Vec<C> v) {
-  double total = 0;
-  for (int i = 0; i < kLanes<C>; ++i) total += v[i];
-  return total;
+using Lanes = typename VecOf<C>::mask;
+
+// Lane i is lane from[i] of a, or from[i] - kLanes of b.
+template <class C>
+inline EFFK_INLINE Vec<C> shuffle(Vec<C> a, Vec<C> b, Lanes<C> from) {
+#if defined(__clang__)
+  Vec<C> out;
+  for (int i = 0; i < kLanes<C>; ++i) out[i] = from[i] < kLanes<C> ? a[from[i]] : b[from[i] - kLanes<C>];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+template <class C>
+inline EFFK_INLINE C sum(Vec<C> v) {
+#pragma GCC unroll 4
+  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
+    Lanes<C> upper;
+    for (int i = 0; i < kLanes<C>; ++i) upper[i] = (i + half) % kLanes<C>;
+    v += shuffle<C>(v, v, upper);
+  }
+  return v[0];
 }
 
 // --- mathematics ------------------------------------------------------------------------------------------------------

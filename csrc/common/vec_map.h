@@ -134,7 +134,7 @@ Transform<In, Out> transform_for(int activation, bool sums) {
 template <class C>
 inline EFFK_INLINE void transpose(Vec<C>* rows) {
   constexpr int V = kLanes<C>;
-  typename VecOf<C>::mask low, high;  // interleave the lower, the upper halves of two vectors
+  Lanes<C> low, high;  // interleave the lower, the upper halves of two vectors
   for (int i = 0; i < V; ++i) {
     low[i] = i / 2 + i % 2 * V;
     high[i] = low[i] + V / 2;
@@ -145,8 +145,8 @@ inline EFFK_INLINE void transpose(Vec<C>* rows) {
     Vec<C> next[V];
 #pragma GCC unroll 8
     for (int i = 0; i < V / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + V / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + V / 2], high);
+      next[2 * i] = shuffle<C>(rows[i], rows[i + V / 2], low);
+      next[2 * i + 1] = shuffle<C>(rows[i], rows[i + V / 2], high);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < V; ++i) rows[i] = next[i];

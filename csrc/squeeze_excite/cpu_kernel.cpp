@@ -18,7 +18,7 @@ inline EFFK_INLINE C dot(const T* a, const C* b, int64_t n) {
     const int lanes = static_cast<int>(min64(n - i, V));
     acc[0] += load_n(a + i, lanes) * load_n(b + i, lanes);
   }
-  return static_cast<C>(sum<C>(acc[0] + acc[1]));
+  return sum<C>(acc[0] + acc[1]);
 }
 
 // out = act(w in + bias), w [rows, columns]
