@@ -13,13 +13,17 @@ from effkernels.cli import app
 from effkernels.profiling import Spread, block_bytes, count_bytes, time_blocks
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_demo_writes_a_report_of_every_block(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SECONDS", 0.0)
-    threads = torch.get_num_threads()
-    try:
-        result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--threads", "1"], env={"COLUMNS": "80"})
-    finally:
-        torch.set_num_threads(threads)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--threads", "1"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert "features.2.0" in result.output and "whole network" in result.output
 
