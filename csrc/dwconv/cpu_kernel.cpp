@@ -5,7 +5,7 @@
 namespace effk {
 namespace {
 
-// Rows and columns of the input that an output range needs begin at first * stride - pad.
+// One image's `channels` from c on and output `rows` from row on; their sums are the partial of that number.
 struct Unit {
   int64_t n, c, channels, row, rows, partial;
 };

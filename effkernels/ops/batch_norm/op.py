@@ -27,6 +27,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def spread(grad_mean: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The gradient that a mean over the map gives to each pixel, [N, C] -> [N, C, 1, 1]."""
+    return (grad_mean / (shape[2] * shape[3])).to(dtype)[:, :, None, None]
+
+
 def fake_sums(y: Tensor, reduce: int) -> Tensor:
     n, c = y.shape[:2]
     shape = {Reduce.NONE: (0,), Reduce.MEAN: (n, c), Reduce.STATISTICS: (2, c)}[Reduce(reduce)]
@@ -97,8 +102,8 @@ def bn_act_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients that `needs` asks for of x, gamma and beta for y = act(bn(x)) and its mean, from x alone."""
     if grad_pooled is not None:
-        spread = (grad_pooled / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
-        grad_y = spread.expand_as(x) if grad_y is None else grad_y + spread
+        of_mean = spread(grad_pooled, x.shape, x.dtype)
+        grad_y = of_mean.expand_as(x) if grad_y is None else grad_y + of_mean
     if grad_y is None or not any(needs):
         return None, None, None
     if x.numel() == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from effkernels.ops._activation import activate, activate_backward
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.op import statistics_dtype
+from effkernels.ops.batch_norm.op import spread, statistics_dtype
 
 
 def _spatial_mean_fake(x: Tensor) -> Tensor:
@@ -21,12 +21,7 @@ def _spatial_mean_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None
 
 
 def _spatial_mean_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return _spread(grad, ctx.shape, ctx.dtype).expand(ctx.shape)
-
-
-def _spread(grad_mean: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The gradient that a mean over the map gives to each pixel, [N, C] -> [N, C, 1, 1]."""
-    return (grad_mean / (shape[2] * shape[3])).to(dtype)[:, :, None, None]
+    return spread(grad, ctx.shape, ctx.dtype).expand(ctx.shape)
 
 
 # Mean over the map, [N, C, H, W] -> [N, C] in float32 (float64 for float64).
@@ -132,7 +127,7 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.pooled_given:
         return grad_x, grad_pooled, *grad_weights, None, None
     if grad_x is not None:
-        grad_x = grad_x + _spread(grad_pooled, x.shape, x.dtype)
+        grad_x = grad_x + spread(grad_pooled, x.shape, x.dtype)
     return grad_x, None, *grad_weights, None, None
 
 
