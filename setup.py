@@ -19,7 +19,12 @@ class BuildPy(build_py):
         torch = _build.find_torch()
         built = _build.build(torch) if torch else None
         if built is None:
-            self.warn("torch is not installed here yet: the first `import effkernels` compiles the kernels")
+            # torch comes with the same installation; only in a checkout will it find what is compiled here.
+            reason = (
+                _build.build_without_torch() if self.editable_mode else "the first `import effkernels` compiles them"
+            )
+            if reason:
+                self.warn(f"the kernels: {reason}")
         else:
             for library, reason in built.missing.items():
                 if reason:

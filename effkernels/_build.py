@@ -4,8 +4,12 @@ Standard library only, since pip runs this file in an environment of its own, wi
 `cpu` and `cuda`, against torch's stable ABI, and `introspection`, a pybind11 module. Their sources are found by name
 (csrc/<op>/cpu.cpp and so on), so a new op changes nothing here.
 
+The kernels, which take nearly all of the time, know nothing of torch: where pip installs the package and torch
+together, they are compiled by pip (`build_without_torch`), and the first import adds what includes torch's headers.
+
 A finished build is a folder named after the hash of its sources, under one folder per Python and kind of torch:
-`build/<tag>/<hash>` in a checkout, else the user's cache. It appears by a rename, never half written.
+`build/<tag>/<hash>` in a checkout, else the user's cache. It appears by a rename, never half written. Objects are kept
+beside the tags, in `work`.
 """
 
 import hashlib
@@ -44,7 +48,7 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2", "-DUSE_CUDA"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
 # One per generation, which runs on all chips of that generation, and PTX for those to come.
 CUDA_ARCHES = ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]
 
@@ -141,50 +145,87 @@ def ensure(torch: Torch) -> Build:
 
 def build(torch: Torch, *, unless_done: bool = False) -> Build:
     """Compile what has changed."""
-    cxx, ninja = find_cxx(), _find_ninja()
-    if os.name != "posix":
-        return _nothing("is built on Linux and macOS only")
     if tuple(map(int, torch.version.split(".")[:2])) < MINIMUM_TORCH:
         return _nothing(f"needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.version}")
-    if cxx is None:
-        return _nothing("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or clang++, or set CXX")
-    if ninja is None:
-        return _nothing("ninja is not installed: pip install ninja")
-    base = (HOME if CHECKOUT and os.access(HOME.parent, os.W_OK) else CACHE) / _tag(torch)
-    with _lock(base):
+    tools = _tools()
+    if isinstance(tools, str):
+        return _nothing(tools)
+    home = _writable_home()
+    with _lock(home):
         key = source_hash()
-        if unless_done and (found := _read(base / key)) and not _worth_retrying(found, torch):
+        if unless_done and (found := _read(home / _tag(torch) / key)) and not _worth_retrying(found, torch):
             return found
-        return _build(torch, cxx, ninja, base, key)
+        return _build(torch, tools, home, key)
 
 
-def _build(torch: Torch, cxx: str, ninja: str, base: pathlib.Path, key: str) -> Build:
-    started = time.time()
-    print(f"effkernels: compiling its kernels, for a minute or more, in {base}", file=sys.stderr, flush=True)
-    work = base / "work"
+def build_without_torch() -> str | None:
+    """Compile what needs no torch: the kernels and the introspection module. Returns why nothing could be, or None.
+
+    A kernel that does not compile is left to the first import, which says so.
+    """
+    tools = _tools()
+    if isinstance(tools, str):
+        return tools
+    home = _writable_home()
+    with _lock(home):
+        obstacles = {"cpu": None, "cuda": _why_no_nvcc(), "introspection": _why_no_introspection()}
+        _run_ninja(None, tools, home / "work", [name for name, reason in obstacles.items() if reason is None])
+    return None
+
+
+class Tools(NamedTuple):
+    cxx: str
+    ninja: str
+
+
+def _tools() -> Tools | str:
+    """What every build needs, or what is missing of it."""
+    cxx, ninja = find_cxx(), _find_ninja()
+    if os.name != "posix":
+        return "is built on Linux and macOS only"
+    if cxx is None:
+        return "no C++ compiler: install g++ (Debian, Ubuntu: apt install g++) or clang++, or set CXX"
+    if ninja is None:
+        return "ninja is not installed: pip install ninja"
+    return Tools(cxx, ninja)
+
+
+def _writable_home() -> pathlib.Path:
+    return HOME if CHECKOUT and os.access(HOME.parent, os.W_OK) else CACHE
+
+
+def _run_ninja(torch: Torch | None, tools: Tools, work: pathlib.Path, wanted: list[str]) -> str:
+    """Compile the `wanted` libraries, without `torch` only their kernels. Returns the log."""
     work.mkdir(exist_ok=True)
+    _discard_misdated(work)
+    _write_ninja(torch, tools.cxx, work, wanted)
+    jobs = os.environ.get("MAX_JOBS")
+    command = [tools.ninja, "-C", str(work), "-k", "0", *(["-j", jobs] if jobs else [])]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace").stdout
+
+
+def _build(torch: Torch, tools: Tools, home: pathlib.Path, key: str) -> Build:
+    started = time.time()
+    print(f"effkernels: compiling its kernels in {home}", file=sys.stderr, flush=True)
+    work, base = home / "work", home / _tag(torch)
     missing = {library: _obstacle(library, torch) for library in LIBRARIES}
     wanted = [name for name, reason in missing.items() if reason is None]
-    _discard_misdated(work)
-    _write_ninja(torch, cxx, work, wanted)
-    jobs = os.environ.get("MAX_JOBS")
-    command = [ninja, "-C", str(work), "-k", "0", *(["-j", jobs] if jobs else [])]
-    outcome = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    log = _run_ninja(torch, tools, work, wanted)
 
     folder, partial = base / key, base / f"{key}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     for name in wanted:
         # A library whose objects failed is still there from the build before: ask ninja, not the file system.
-        query = subprocess.run([ninja, "-C", str(work), "-n", LIBRARIES[name]], capture_output=True, text=True)
+        query = subprocess.run([tools.ninja, "-C", str(work), "-n", LIBRARIES[name]], capture_output=True, text=True)
         if "no work to do" in query.stdout:
             shutil.copy2(work / LIBRARIES[name], partial)
         else:
             missing[name] = f"{FAILED}, see {folder / 'build.log'}"
-    (partial / "build.log").write_text(outcome.stdout)
+    (partial / "build.log").write_text(log)
     (partial / "build.json").write_text(json.dumps(missing, indent=1))
     for old in base.iterdir():
-        if old not in (work, partial) and old.is_dir():
+        if old != partial and old.is_dir():
             shutil.rmtree(old, ignore_errors=True)
     partial.rename(folder)
     print(f"effkernels: compiled in {time.time() - started:.0f} s", file=sys.stderr, flush=True)
@@ -224,12 +265,20 @@ def _obstacle(library: str, torch: Torch) -> str | None:
 def _why_no_cuda(torch: Torch) -> str | None:
     if torch.cuda is None:
         return f"torch {torch.version} is not a CUDA build"
+    if reason := _why_no_nvcc(torch.cuda):
+        return reason
     nvcc = find_nvcc()
-    if nvcc is None:
-        return f"no nvcc: install the CUDA toolkit {torch.cuda}, or set CUDA_HOME"
+    assert nvcc is not None
     release = nvcc_release(nvcc)
     if release.split(".")[0] != torch.cuda.split(".")[0]:
         return f"{nvcc} is of CUDA {release}, but torch {torch.version} of CUDA {torch.cuda}"
+    return None
+
+
+def _why_no_nvcc(wanted: str = "") -> str | None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return f"no nvcc: install the CUDA toolkit {wanted}, or set CUDA_HOME"
     try:
         cuda_arches(nvcc)
     except ValueError as error:
@@ -273,13 +322,10 @@ def _gencode(arch: str) -> list[str]:
     return [f"-gencode=arch=compute_{digits},code={code}" for code in codes]
 
 
-def _write_ninja(torch: Torch, cxx: str, work: pathlib.Path, wanted: list[str]) -> None:
-    torch_includes = ["-isystem", str(torch.folder / "include")]
-    torch_link = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
+def _write_ninja(torch: Torch | None, cxx: str, work: pathlib.Path, wanted: list[str]) -> None:
     cxx_flags = [*CXX_FLAGS, *INCLUDES]
     info: dict[str, Any] = {
         "python": platform.python_version(),
-        "torch": torch.version,
         "compiler": _output([cxx, "--version"]).splitlines()[0],
         "cxx_flags": [*CXX_FLAGS, *KERNEL_FLAGS],
         "cpu_isas": isas(),
@@ -288,7 +334,7 @@ def _write_ninja(torch: Torch, cxx: str, work: pathlib.Path, wanted: list[str]) 
         "cuda_arches": [],
     }
     lines = [
-        *("rule cxx", f"  command = {shlex.quote(cxx)} $flags -MD -MF $out.d -c $in -o $out"),
+        *("rule cxx", f"  command = {shlex.quote(cxx)} $flags -MMD -MF $out.d -c $in -o $out"),
         *("  depfile = $out.d", "  deps = gcc"),
         *("rule link", "  command = $linker -shared $in -o $out $flags"),
     ]
@@ -302,15 +348,21 @@ def _write_ninja(torch: Torch, cxx: str, work: pathlib.Path, wanted: list[str]) 
         lines.extend([f"build {LIBRARIES[name]}: link {' '.join(objects)}"])
         lines.extend([f"  linker = {_joined(linker)}", f"  flags = {_joined(flags)}", f"default {LIBRARIES[name]}"])
 
+    def link_with_torch(name: str, kernels: list[str], linker: list[str], define: list[str], needs: list[str]) -> None:
+        if torch is None:
+            lines.append(f"default {' '.join(kernels)}")
+            return
+        flags = [*cxx_flags, *STABLE_ABI, *define, "-isystem", str(torch.folder / "include")]
+        registrations = [compile("cxx", source, flags) for source in sources(f"*/{name}.cpp")]
+        link(name, registrations + kernels, linker, [f"-L{torch.folder / 'lib'}", *needs])
+
     if "cpu" in wanted:
-        objects = [
-            compile("cxx", source, [*cxx_flags, *STABLE_ABI, *torch_includes]) for source in sources("*/cpu.cpp")
-        ] + [
+        kernels = [
             compile("cxx", source, [*cxx_flags, *KERNEL_FLAGS, *flags, f"-DEFFK_ISA={isa}"], f".{isa}")
             for source in sources("*/cpu_kernel.cpp")
             for isa, flags in isas().items()
         ]
-        link("cpu", objects, [cxx], torch_link)
+        link_with_torch("cpu", kernels, [cxx], [], ["-ltorch_cpu"])
     if "cuda" in wanted:
         nvcc = find_nvcc()
         assert nvcc is not None
@@ -318,18 +370,21 @@ def _write_ninja(torch: Torch, cxx: str, work: pathlib.Path, wanted: list[str]) 
         flags = [*NVCC_FLAGS, *(flag for arch in arches for flag in _gencode(arch))]
         host = ["-ccbin", cxx, "-Xcompiler=-fPIC,-fvisibility=hidden"]
         info |= {"nvcc": f"{nvcc_release(nvcc)} ({nvcc})", "nvcc_flags": flags, "cuda_arches": arches}
-        lines += ["rule nvcc", f"  command = {shlex.quote(nvcc)} $flags -MD -MF $out.d -c $in -o $out"]
+        lines += ["rule nvcc", f"  command = {shlex.quote(nvcc)} $flags -MMD -MF $out.d -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc"]
-        flags = [*flags, *host, *STABLE_ABI, *INCLUDES, *torch_includes]
-        objects = [compile("nvcc", source, flags) for source in sources("*/cuda.cu")]
-        link("cuda", objects, [nvcc, "-ccbin", cxx], [*torch_link, "-ltorch_cuda"])
+        kernels = [compile("nvcc", source, [*flags, *host, *INCLUDES]) for source in sources("*/cuda_kernel.cu")]
+        link_with_torch("cuda", kernels, [nvcc, "-ccbin", cxx], ["-DUSE_CUDA"], ["-ltorch_cpu", "-ltorch_cuda"])
     if "introspection" in wanted:
         import pybind11
 
         header, content = work / "build_info.h", f'#define EFFK_BUILD_INFO R"json({json.dumps(info)})json"\n'
         if not header.exists() or header.read_text() != content:
             header.write_text(content)
-        includes = [f"-I{work}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        # Through a link, because pip's build environment and the first import find it in different places.
+        headers = work / f"pybind11-{pybind11.__version__}"
+        headers.unlink(missing_ok=True)
+        headers.symlink_to(pybind11.get_include())
+        includes = [f"-I{work}", "-isystem", str(headers), "-isystem", sysconfig.get_paths()["include"]]
         objects = [
             compile("cxx", source, [*cxx_flags, *includes])
             for source in [*sources("introspection/*.cpp"), *sources("*/plan_bind.cpp")]

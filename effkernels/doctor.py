@@ -56,7 +56,6 @@ def _built() -> dict[str, str]:
         info = _native.introspection.build_info()
         facts |= {
             "compiled by": info["compiler"],
-            "against torch": info["torch"],
             "CPU instruction sets": f"{', '.join(info['cpu_isas'])}; in use: {_native.introspection.cpu_isa()}",
             "CUDA architectures": ", ".join(info["cuda_arches"]) or "none",
         }

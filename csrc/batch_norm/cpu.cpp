@@ -11,7 +11,7 @@ Tensor bn_statistics(const Tensor& x) {
 std::tuple<Tensor, Tensor> bn_apply(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> gamma,
                                     std::optional<Tensor> beta, double eps, int64_t act, int64_t reduce) {
   const FoldedNorm norm(mean, var, gamma, beta, eps, act, dtype_of(x), x.size(1));
-  auto [y, sums] = map_pass(x, norm.affine(), 0, true, static_cast<Reduce>(reduce));
+  auto [y, sums] = map_pass(x, norm.affine(), 0, true, reduce_of(reduce));
   return {*y, sums ? *sums : empty_vector(x, 0, statistics_dtype(x))};
 }
 

@@ -9,40 +9,17 @@
 #include <stdexcept>
 #include <vector>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "activation.h"
-#include "cpu_types.h"
-#include "layout.h"
+#include "common/activation.h"
+#include "common/tensor.h"
 
 namespace effk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// What only a caller of the dispatcher's ops can get wrong: the public functions check with better words.
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   const auto sizes = t.sizes();
   return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-}
-
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Double: return Dtype::kFloat64;
-    default: throw std::invalid_argument("effkernels: x must be float32, float16, bfloat16 or float64");
-  }
 }
 
 // Means, variances and other per-channel sums are at least float32.
@@ -51,11 +28,6 @@ inline ScalarType statistics_dtype(const Tensor& x) {
 }
 
 inline size_t compute_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float); }
-
-inline Map map_of(const Tensor& x) {
-  const auto size = x.sizes(), stride = x.strides();
-  return {x.const_data_ptr(), size[0], size[1], size[2], size[3], stride[0], stride[1], stride[2], stride[3]};
-}
 
 inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, const int64_t* strides,
                             ScalarType dtype) {
@@ -83,8 +55,6 @@ inline Tensor empty_matrix(const Tensor& x, int64_t rows, int64_t columns, Scala
   const int64_t strides[] = {columns, 1};
   return empty_strided(x, {rows, columns}, strides, dtype);
 }
-
-inline bool is_channels_last(const Tensor& x) { return is_channels_last(x.sizes().data(), x.strides().data()); }
 
 // Calls f(pointer to const storage type) for a small tensor of any floating dtype.
 template <class F>

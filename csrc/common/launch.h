@@ -6,9 +6,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cpu_types.h"
+#include "common/types.h"
+
+struct CUstream_st;  // *cudaStream_t: a plan is made where there is no CUDA
 
 namespace effk {
+
+using Stream = CUstream_st*;
 
 // Every grid is one-dimensional: its other dimensions end at 65535.
 template <class Instance, class Params>

@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "activation.h"
-#include "cpu_types.h"
+#include "types.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

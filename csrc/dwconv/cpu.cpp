@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> dwconv(
   p.channels_last = channels_last;
   p.out_h = out_h;
   p.out_w = out_w;
-  p.reduce = static_cast<Reduce>(reduce);
+  p.reduce = reduce_of(reduce);
 
   EFFK_CPU_FUNCTION(dwconv_plan)(p);
   const size_t element = compute_size(dtype);

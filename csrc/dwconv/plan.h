@@ -211,4 +211,6 @@ inline Plan make_plan(const Problem& q) {
   return plan;
 }
 
+void execute(const Plan& plan, Stream stream);  // cuda_kernel.cu
+
 }  // namespace effk::dwconv

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu_isa.h"
-#include "cpu_types.h"
+#include "types.h"
 
 namespace effk {
 

@@ -61,4 +61,6 @@ inline GateLaunch plan_gate(const float* pooled, float* gate, const Layer& reduc
           {pooled, gate, reduce, expand, chunks, chunk}};
 }
 
+void execute(const GateLaunch& plan, Stream stream);  // cuda_kernel.cu
+
 }  // namespace effk::squeeze_excite

@@ -97,6 +97,13 @@ def test_an_older_file_put_back_is_compiled(tree):
 
 
 @needs_compiler
+def test_kernels_compiled_without_torch_are_not_compiled_again(tree, monkeypatch):
+    monkeypatch.setattr(tree, "find_nvcc", lambda: None)
+    assert tree.build_without_torch() is None
+    assert compiled(tree.ensure(CPU)) == ["cpu.cpp"]
+
+
+@needs_compiler
 def test_a_new_op_needs_no_other_change(tree):
     tree.ensure(CPU)
     (tree.CSRC / "another").mkdir()
@@ -235,7 +242,7 @@ def test_import_without_a_compiler_warns_once_and_runs(tmp_path):
 
 @pytest.mark.skipif(_native.BUILD.folder is None, reason=f"nothing is built: {_native.BUILD.missing['cpu']}")
 class TestRealBuild:
-    objects = _native.BUILD.folder and sorted((_native.BUILD.folder.parent / "work").glob("*/cpu_kernel.cpp.*.o"))
+    objects = _native.BUILD.folder and sorted((_native.BUILD.folder.parents[1] / "work").glob("*/cpu_kernel.cpp.*.o"))
 
     def test_every_op_is_compiled_for_every_instruction_set(self):
         built = sorted(f"{object.parent.name}/{object.name}" for object in self.objects)

@@ -1,5 +1,5 @@
 // effkernels::bn_statistics and bn_apply on CUDA: both are one pass over a map.
-#include "map_pass/cuda.h"
+#include "map_pass/cuda_tensor.h"
 
 namespace effk::batch_norm {
 namespace {

@@ -1,65 +1,27 @@
-// From torch tensors to a launch plan, and from the plan to the GPU. For cuda.cu files.
+// Between PyTorch's tensors (stable ABI) and launch plans. For cuda.cpp files.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <limits>
 #include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 #include <vector>
 
 #include "common/launch.h"
-#include "common/layout.h"
+#include "common/tensor.h"
 #include "common/transform.h"
 
 namespace effk {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
+  const Dtype dtype = dtype_of(tensor, name);
+  require(dtype != Dtype::kFloat64, std::string(name) + " must be float32, float16 or bfloat16 on the cuda backend");
+  return dtype;
 }
-
-inline Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      throw std::invalid_argument(std::string(name) + " must be float32, float16 or bfloat16 on the cuda backend");
-  }
-}
-
-// Calls f with a value of the storage type.
-template <class F>
-auto with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) return f(float{});
-  if (dtype == Dtype::kFloat16) return f(__half{});
-  return f(__nv_bfloat16{});
-}
-
-inline Map map_of(const Tensor& t, const char* name) {
-  require(t.dim() == 4, std::string(name) + " must be [N, C, H, W], got " + std::to_string(t.dim()) + " dimensions");
-  return {t.data_ptr(), t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-inline bool is_channels_last(const Tensor& t) { return is_channels_last(t.sizes().data(), t.strides().data()); }
 
 // Uninitialised, in the dtype, device and layout of x.
 inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& sizes) {
@@ -83,11 +45,6 @@ inline Tensor undefined_sums(const Tensor& x, Reduce reduce) {
   Tensor sums = empty_sums(x, reduce);
   if (sums.numel() > 0) torch::stable::fill_(sums, std::numeric_limits<double>::quiet_NaN());
   return sums;
-}
-
-inline Reduce reduce_of(int64_t code) {
-  require(code >= 0 && code <= 2, "reduce must be 0 (none), 1 (mean) or 2 (statistics), got " + std::to_string(code));
-  return static_cast<Reduce>(code);
 }
 
 // Per-channel vectors of a Transform: mean, var, gamma, beta. They are small: strided ones are copied, and kept here.
@@ -121,13 +78,11 @@ class ChannelVectors {
   std::array<std::optional<Tensor>, 4> vectors_;
 };
 
-// Launches on the current stream of the tensor's device; the caller holds a DeviceGuard.
-template <class Instance, class Params>
-void launch(const Launch<Instance, Params>& plan, void (*kernel)(Params), const Tensor& on) {
+// Of the tensor's device.
+inline Stream current_stream(const Tensor& on) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
-  kernel<<<plan.grid, plan.block, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(plan.params);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return static_cast<Stream>(stream);
 }
 
 }  // namespace effk

@@ -1,8 +1,8 @@
-// Runs a pass over a map. For cuda.cu files.
+// Runs a pass over a map. For cuda.cpp files.
 #pragma once
 
-#include "common/cuda_launch.h"
-#include "map_pass/kernel.cuh"
+#include "common/cuda_tensor.h"
+#include "map_pass/plan.h"
 
 namespace effk::map_pass {
 
@@ -10,7 +10,7 @@ inline Problem make_problem(const Tensor& x) {
   Problem q{};
   q.x = q.y = map_of(x, "x");
   q.y.data = nullptr;
-  q.dtype = dtype_of(x, "x");
+  q.dtype = kernel_dtype(x, "x");
   q.channels_last = is_channels_last(x);
   q.transform = make_transform(nullptr, nullptr, nullptr, nullptr, 0, 0, kIdentity);
   q.reduce = Reduce::kNone;
@@ -22,11 +22,7 @@ inline Tensor run(const Problem& q, const Tensor& x) {
   Plan plan = make_plan(q);
   Tensor sums = empty_sums(x, q.reduce), workspace = empty_floats(x, {plan.workspace_floats});
   plan.reduce_into(static_cast<float*>(sums.data_ptr()), static_cast<float*>(workspace.data_ptr()));
-  with_type(q.dtype, [&](auto type) {
-    using T = decltype(type);
-    launch(plan.main, q.channels_last ? channels_last<T> : nchw<T>, x);
-  });
-  if (plan.merge) launch(*plan.merge, merge_moments<kMergeThreads>, x);
+  execute(plan, current_stream(x));
   return sums;
 }
 

@@ -1,4 +1,4 @@
-// Torch-free vocabulary of the CPU kernels: storage types, reductions, feature maps.
+// Torch-free vocabulary of the kernels: storage types, reductions, feature maps.
 #pragma once
 
 #include <cstdint>

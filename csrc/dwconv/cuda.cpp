@@ -1,24 +1,9 @@
 // effkernels::dwconv on CUDA: plans, allocates, launches.
-#include "common/cuda_launch.h"
-#include "dwconv/kernel.cuh"
+#include "common/cuda_tensor.h"
+#include "dwconv/plan.h"
 
 namespace effk::dwconv {
 namespace {
-
-using Kernel = void (*)(Params);
-
-template <class T, int K>
-Kernel select(const Instance& i) {
-  if (i.channels_last) return i.stride == 1 ? channels_last<T, K, 1> : channels_last<T, K, 2>;
-  return i.stride == 1 ? nchw<T, K, 1> : nchw<T, K, 2>;
-}
-
-Kernel kernel(const Instance& i) {
-  return with_type(i.dtype, [&](auto type) {
-    using T = decltype(type);
-    return i.kernel_size == 3 ? select<T, 3>(i) : i.kernel_size == 5 ? select<T, 5>(i) : select<T, 7>(i);
-  });
-}
 
 std::tuple<Tensor, Tensor> dwconv(
     Tensor x, Tensor weight, std::optional<Tensor> mean1, std::optional<Tensor> var1, std::optional<Tensor> gamma1,
@@ -27,7 +12,7 @@ std::tuple<Tensor, Tensor> dwconv(
     int64_t pad_top, int64_t pad_left, int64_t out_h, int64_t out_w, int64_t reduce) {
   Problem q{};
   q.x = map_of(x, "x");
-  q.dtype = dtype_of(x, "x");
+  q.dtype = kernel_dtype(x, "x");
   const int64_t c = q.x.c, k = weight.dim() == 4 ? weight.size(2) : 0;
   require((k == 3 || k == 5 || k == 7) && weight.size(3) == k && weight.size(1) == 1 && weight.size(0) == c,
           "weight must be [C, 1, k, k] with C = " + std::to_string(c) + " and k in 3, 5, 7");
@@ -55,8 +40,7 @@ std::tuple<Tensor, Tensor> dwconv(
   Plan plan = make_plan(q);
   Tensor sums = empty_sums(x, q.reduce), workspace = empty_floats(x, {plan.workspace_floats});
   plan.reduce_into(static_cast<float*>(sums.data_ptr()), static_cast<float*>(workspace.data_ptr()));
-  launch(plan.main, kernel(plan.main.instance), x);
-  if (plan.merge) launch(*plan.merge, merge_moments<kMergeThreads>, x);
+  execute(plan, current_stream(x));
   return {y, sums};
 }
 

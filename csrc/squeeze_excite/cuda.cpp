@@ -1,6 +1,6 @@
 // effkernels::spatial_mean, se_gate and channel_scale on CUDA.
-#include "map_pass/cuda.h"
-#include "squeeze_excite/kernel.cuh"
+#include "map_pass/cuda_tensor.h"
+#include "squeeze_excite/plan.h"
 
 namespace effk::squeeze_excite {
 namespace {
@@ -22,7 +22,7 @@ Tensor se_gate(Tensor pooled, Tensor w1, std::optional<Tensor> b1, Tensor w2, st
   const int64_t n = pooled.size(0), c = pooled.size(1), r = w1.dim() == 2 ? w1.size(0) : 0;
   require(w1.dim() == 2 && w1.size(1) == c && w2.dim() == 2 && w2.size(0) == c && w2.size(1) == r,
           "reduce_weight must be [R, C] and expand_weight [C, R] with C = " + std::to_string(c));
-  const Dtype dtype = dtype_of(w1, "reduce_weight");
+  const Dtype dtype = kernel_dtype(w1, "reduce_weight");
   const auto matches = [&](const std::optional<Tensor>& b, int64_t size) {
     return !b || (b->dim() == 1 && b->size(0) == size && b->scalar_type() == w1.scalar_type());
   };
@@ -43,7 +43,7 @@ Tensor se_gate(Tensor pooled, Tensor w1, std::optional<Tensor> b1, Tensor w2, st
   };
   const GateLaunch plan = plan_gate(static_cast<const float*>(pooled.data_ptr()), static_cast<float*>(gates.data_ptr()),
                                     layer(w1, b1, act), layer(w2, b2, gate_act), n, dtype);
-  with_type(dtype, [&](auto type) { launch(plan, gate<decltype(type)>, pooled); });
+  execute(plan, current_stream(pooled));
   return gates;
 }
 
