@@ -27,19 +27,22 @@ Tensor se_gate(const Tensor& pooled, const Tensor& w1, std::optional<Tensor> b1,
 
   SeGateParams p{};
   p.weight_dtype = dtype_of(w1);
+  p.weights = {v1.const_data_ptr(), c1 ? c1->const_data_ptr() : nullptr, v2.const_data_ptr(),
+               c2 ? c2->const_data_ptr() : nullptr};
   p.pooled = in.const_data_ptr();
-  p.w1 = v1.const_data_ptr();
-  p.b1 = c1 ? c1->const_data_ptr() : nullptr;
-  p.w2 = v2.const_data_ptr();
-  p.b2 = c2 ? c2->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
   p.c = c;
   p.r = r;
   p.activation = static_cast<int32_t>(act);
   p.gate = static_cast<int32_t>(gate);
+  EFFK_CPU_FUNCTION(se_gate_plan)(p);
+  const size_t element = compute_size(p.weight_dtype);
+  p.packed = scratch<0>(p.packed_size * element);
+  EFFK_CPU_FUNCTION(se_gate_pack)(p);
   const auto run = EFFK_CPU_FUNCTION(se_gate_run);
-  torch::stable::parallel_for(0, pooled.size(0), 1, [&](int64_t begin, int64_t end) {
-    run(p, begin, end, scratch<1>(p.r * sizeof(double)));
+  // A few images are less work than waking a thread.
+  torch::stable::parallel_for(0, pooled.size(0), 32, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.scratch_size * element));
   });
   return out;
 }
