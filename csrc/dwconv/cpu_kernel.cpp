@@ -46,6 +46,26 @@ inline int64_t padded_width(const DwconvParams& p) {
   return (width_in_tiles(p.out_w) - 1) * p.stride + p.kernel_size;
 }
 
+// The scratch of a unit, in elements.
+template <class C>
+struct Layout {
+  static constexpr int64_t V = kLanes<C>;
+  int64_t row, ring, line;        // of one vector
+  int64_t lines, sums, size;  // where they begin, after the rings; the whole
+
+  Layout(const DwconvParams& p, int64_t vectors)
+      : row(padded_width(p) * V), ring(odd_lines(p.kernel_size * padded_width(p)) * V),
+        line(odd_lines(width_in_tiles(p.out_w)) * V), lines(vectors * ring), sums(lines + vectors * line),
+        size(sums + vectors * static_cast<int64_t>((sizeof(Sums<C>) + 2 * sizeof(Scale<C>)) / sizeof(C))) {}
+};
+
+// The padding of the rings, which units leave zero.
+template <class C>
+void clear_rings(const DwconvParams& p, C* scratch) {
+  const int64_t end = Layout<C>(p, p.chunk_channels / kLanes<C>).lines;
+  for (int64_t i = 0; i < end; i += kLanes<C>) store(scratch + i, Vec<C>{});
+}
+
 // One output row of kLanes channels, [tiles * Tile][lanes], from the rows [ky_begin, ky_end) of the window that lie
 // inside the map.
 template <class C>
@@ -90,16 +110,16 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
   using C = compute_t<In>;
   constexpr int V = kLanes<C>;
   const int k = p.kernel_size;
+  const int64_t chunk_vectors = p.chunk_channels / V;
+  const Layout<C> size(p, chunk_vectors);
   const int64_t vectors = ceil_div(view.channels, V), width = padded_width(p), tiles = ceil_div(p.out_w, tile_of(p.out_w));
   const int64_t left = min64(p.pad_left, width), columns = min64(p.x.w, width - left);
-  const int64_t row_size = width * V, ring_size = odd_lines(k * width) * V;
-  const int64_t line_size = odd_lines(width_in_tiles(p.out_w)) * V;
   const int last_lanes = static_cast<int>((view.channels - 1) % V + 1);
-  C* rings = scratch;                     // [vectors][k][width][lanes]
-  C* lines = rings + vectors * ring_size;  // [vectors][width_in_tiles][lanes]: one output row before the epilogue
-  Sums<C>* sums = reinterpret_cast<Sums<C>*>(lines + vectors * line_size);
-  Scale<C>* prologue = reinterpret_cast<Scale<C>*>(sums + vectors);
-  Scale<C>* epilogue = prologue + vectors;
+  C* rings = scratch;               // [vectors][k][width][lanes]
+  C* lines = scratch + size.lines;  // [vectors][width_in_tiles][lanes]: one output row before the epilogue
+  Sums<C>* sums = reinterpret_cast<Sums<C>*>(scratch + size.sums);
+  Scale<C>* prologue = reinterpret_cast<Scale<C>*>(sums + chunk_vectors);
+  Scale<C>* epilogue = prologue + chunk_vectors;
   const Transform<In, C> transform_in = transform_for<In, C>(p.prologue.activation, false);
   const Transform<C, Out> transform_out = transform_for<C, Out>(p.epilogue.activation, p.reduce != Reduce::kNone);
   // A row of pixels, each of `vectors`; one whole vector a pixel makes a single row of vectors.
@@ -114,7 +134,6 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
     return block;
   };
 
-  for (int64_t i = 0; i < vectors * ring_size; i += V) store(rings + i, Vec<C>{});
   for (int64_t v = 0; v < vectors; ++v) {
     const int lanes = static_cast<int>(min64(u.channels - v * V, V));
     prologue[v] = Scale<C>::lanes(p.prologue, u.c + v * V, lanes);
@@ -129,20 +148,22 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
     const int ky_end = static_cast<int>(max64(min64(p.x.h - top, k), ky_begin));
     for (int64_t in = max64(staged, top); in < top + ky_end; ++in)
       transform_in(pixels(Block<In, C>{view.x + in * view.stride_h, 0, V * view.stride_c, view.stride_c,
-                                       rings + in % k * row_size + left * V, 0, ring_size},
+                                       rings + in % k * size.row + left * V, 0, size.ring},
                           view.stride_w, V, columns),
                    prologue, nullptr);
     staged = max64(staged, top + ky_end);
+    int64_t offset[kMaxKernelSize];
+    for (int ky = ky_begin; ky < ky_end; ++ky) offset[ky] = (top + ky) % k * size.row;
     for (int64_t v = 0; v < vectors; ++v) {
       const C* window[kMaxKernelSize];
-      for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = rings + v * ring_size + (top + ky) % k * row_size;
+      for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = rings + v * size.ring + offset[ky];
       const C* weights = static_cast<const C*>(p.packed) + (u.c + v * V) * k * k;
-      conv(window, ky_begin, ky_end, weights, tiles, lines + v * line_size);
+      conv(window, ky_begin, ky_end, weights, tiles, lines + v * size.line);
       if (row == u.row && p.reduce == Reduce::kStatistics)
-        sums[v].origin = first_value<Out>(p, lines + v * line_size, epilogue[v]);
+        sums[v].origin = first_value<Out>(p, lines + v * size.line, epilogue[v]);
     }
     Out* y = view.y + (row - u.row) * p.out_w * view.y_pixel;
-    transform_out(pixels(Block<C, Out>{lines, 0, line_size, 1, y, 0, V}, V, view.y_pixel, p.out_w), epilogue, sums);
+    transform_out(pixels(Block<C, Out>{lines, 0, size.line, 1, y, 0, V}, V, view.y_pixel, p.out_w), epilogue, sums);
   }
   if (p.reduce == Reduce::kNone) return;
   for (int64_t c = 0; c < u.channels; ++c) {
@@ -168,9 +189,8 @@ void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> 
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const int64_t pixels = p.x.h * p.x.w, out_pixels = p.out_h * p.out_w;
-  C* in = scratch;                                                     // [pixels][lanes]
-  T* out = reinterpret_cast<T*>(in + round_up<C>(pixels) * V);         // [out_pixels][lanes]
-  C* rest = in + (round_up<C>(pixels) + round_up<C>(out_pixels)) * V;
+  C* in = scratch + Layout<C>(p, 1).size;                       // [pixels][lanes]
+  T* out = reinterpret_cast<T*>(in + round_up<C>(pixels) * V);  // [out_pixels][lanes]
   Vec<C> rows[V] = {};
   const T* x = row_of<T>(p.x, u.n, u.c, 0);
   T* y = static_cast<T*>(p.y) + (u.n * p.x.c + u.c) * out_pixels;
@@ -184,7 +204,7 @@ void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> 
     transpose<C>(rows);
     for (int64_t j = 0; j < V; ++j) store(in + (i + j) * V, rows[j]);
   }
-  run_channels_last<C, T>(p, u, {in, 1, p.x.w * V, V, out, V, V}, conv, rest);
+  run_channels_last<C, T>(p, u, {in, 1, p.x.w * V, V, out, V, V}, conv, scratch);
   for (int64_t i = 0; i < out_pixels; i += V) {
     for (int64_t j = 0; j < V; ++j) rows[j] = load(out + (i + j) * V);
     transpose<C>(rows);
@@ -303,9 +323,7 @@ inline bool lanes_are_channels(const DwconvParams& p) { return p.channels_last |
 template <class C>
 void plan(DwconvParams& p) {
   constexpr int64_t V = kLanes<C>, size = sizeof(C);
-  const int64_t k = p.kernel_size, s = p.stride, vectors = ceil_div(p.x.c, V);
-  const int64_t kept = static_cast<int64_t>(sizeof(Sums<C>) + 2 * sizeof(Scale<C>)) / size;
-  const int64_t per_vector = (odd_lines(k * padded_width(p)) + odd_lines(width_in_tiles(p.out_w))) * V + kept;
+  const int64_t k = p.kernel_size, s = p.stride, vectors = ceil_div(p.x.c, V), per_vector = Layout<C>(p, 1).size;
   if (p.channels_last) {
     const int64_t fitting = max64(min64(kL2Bytes / size / per_vector, vectors), 1);
     const int64_t per_chunk = ceil_div(vectors, ceil_div(vectors, fitting));
@@ -356,6 +374,7 @@ void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scr
   using C = compute_t<T>;
   const ConvRow<C> row = tile_of(p.out_w) == 7 ? &conv_row<C, K, S, 7> : &conv_row<C, K, S, 8>;
   C* buffer = static_cast<C*>(scratch);
+  if (lanes_are_channels(p)) clear_rings(p, buffer);
   for (int64_t i = first_unit; i < last_unit; ++i) {
     const Unit u = unit_at(p, i);
     if (p.channels_last) {

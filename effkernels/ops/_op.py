@@ -20,7 +20,8 @@ class Op:
     """`effkernels::<name>.<backend>` for each kernel backend.
 
     Every backend is an overload with the same schema, so that a traced graph says which kernel it runs. C++ registers
-    its overloads when its library is loaded; Python ones are given to `implement`. Ops are functional.
+    its overloads when its library is loaded; Python ones are given to `implement`. Ops are functional. `backward` is
+    called as `backward(backend, ctx, *grads)`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Op:
             _library.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, fake, lib=_library)
             overload = getattr(getattr(torch.ops.effkernels, name), backend)
-            formula = once_differentiable(backward) if backward else _no_gradient(name)
+            formula = once_differentiable(partial(backward, backend)) if backward else _no_gradient(name)
             torch.library.register_autograd(overload, formula, setup_context=setup_context, lib=_library)
             self.overloads[backend] = overload
             if backward:

@@ -1,4 +1,8 @@
-"""BatchNorm and activation: `bn_statistics` and `bn_apply`, the phase ops, and `bn_act`, the differentiable fusion."""
+"""BatchNorm and activation: the phase ops of forward and backward, and `bn_act`, the differentiable fusion.
+
+In all of them bn(x) = gamma * xhat + beta with xhat = (x - mean) / sqrt(var + eps); vectors per image, [N, C], are in
+`statistics_dtype`.
+"""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -64,6 +68,54 @@ BN_APPLY = Op(
 BN_APPLY.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
+def _bn_pool_fake(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int, slopes: bool
+) -> Tensor:
+    return x.new_empty((3 if slopes else 1, *x.shape[:2]), dtype=statistics_dtype(x))
+
+
+# Of h = act(bn(x)), per image and channel: its mean over the map; and with `slopes` the sums over the map of
+# act'(bn(x)) and of act'(bn(x)) * xhat, which a gradient that is constant over the map adds to BatchNorm's backward.
+BN_POOL = Op(
+    "bn_pool",
+    "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act, bool slopes) -> Tensor",
+    fake=_bn_pool_fake,
+)
+
+
+def _bn_residual_fake(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    scale: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return empty_map(x, x.shape)
+
+
+# y = bn(x) * scale + residual, rounded once; `scale` is [N, C], the factors of stochastic depth.
+BN_RESIDUAL = Op(
+    "bn_residual",
+    "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, Tensor? scale, Tensor? residual)"
+    " -> Tensor",
+    fake=_bn_residual_fake,
+)
+
+
+def _bn_backward_sums_fake(
+    grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int,
+) -> Tensor:  # fmt: skip
+    return _bn_statistics_fake(x)
+
+
+# The gradients of beta and gamma [2, C]: the sums over batch and map of dz and of dz * xhat, where
+# dz = (grad * scale + shift) * act'(bn(x)); `scale` and `shift` are [N, C], without them 1 and 0.
+BN_BACKWARD_SUMS = Op(
+    "bn_backward_sums",
+    "(Tensor grad, Tensor? scale, Tensor? shift,"
+    " Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act) -> Tensor",
+    fake=_bn_backward_sums_fake,
+)
+
+
 def _bn_act(
     backend: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, act: int,
@@ -89,7 +141,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, gamma, beta, output[1])
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(backend: str, ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, gamma, beta, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.eps, ctx.act, needs)

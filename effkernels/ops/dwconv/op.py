@@ -40,6 +40,44 @@ DWCONV = Op(
 DWCONV.implement_in_triton("effkernels.ops.dwconv.triton")
 
 
+def _dwconv_backward_fake(
+    grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    y: Tensor, mean2: Tensor, var2: Tensor, gamma2: Tensor | None, beta2: Tensor | None, eps2: float, act2: int,
+    grad_means: Tensor | None, weight: Tensor,
+    x: Tensor, mean1: Tensor | None, var1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None,
+    eps1: float, act1: int,
+    stride: int, pad_top: int, pad_left: int, need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = statistics_dtype(x)
+    return (
+        empty_map(x, x.shape) if need_input else x.new_empty(0),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=wide),
+        x.new_empty((2, x.shape[1]) if need_input and mean1 is not None else (0,), dtype=wide),
+    )
+
+
+# The backward of y = conv(act1(bn1(x))), where y went on through act2(bn2(y)) and grad * scale + shift is the gradient
+# of what came out; scale and shift are [N, C], without them 1 and 0. With dz2 that of bn2(y) and dy that of y,
+#     dz2 = (grad * scale + shift) * act2'(bn2(y)),
+#     dy = gamma2 / sqrt(var2 + eps2) * (dz2 - grad_means[0] - yhat * grad_means[1]),
+# grad_means [2, C] being the means over batch and map of dz2 and of dz2 * yhat, None where the statistics are fixed, it
+# returns
+#     dz1, the gradient of bn1(x), or of x where there is no mean1, as x is laid out,
+#     the gradient of weight [C, 1, k, k], in `statistics_dtype`,
+#     with mean1, the sums over batch and map of dz1 and of dz1 * xhat [2, C], of dz1 as stored;
+# what is not needed is empty.
+DWCONV_BACKWARD = Op(
+    "dwconv_backward",
+    "(Tensor grad, Tensor? scale, Tensor? shift,"
+    " Tensor y, Tensor mean2, Tensor var2, Tensor? gamma2, Tensor? beta2, float eps2, int act2,"
+    " Tensor? grad_means, Tensor weight,"
+    " Tensor x, Tensor? mean1, Tensor? var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
+    " int stride, SymInt pad_top, SymInt pad_left, bool need_input, bool need_weight)"
+    " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
+    fake=_dwconv_backward_fake,
+)
+
+
 def _dwconv_bn_act(
     backend: str,
     x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None,
@@ -74,7 +112,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, weight, gamma, beta, d, stats)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     x, weight, gamma, beta, d, stats = ctx.saved_tensors
     need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
     grad_pooled = grad_pooled if ctx.pool else None

@@ -20,7 +20,7 @@ def _spatial_mean_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
 
 
-def _spatial_mean_backward(ctx: Any, grad: Tensor) -> Tensor:
+def _spatial_mean_backward(backend: str, ctx: Any, grad: Tensor) -> Tensor:
     return spread(grad, ctx.shape, ctx.dtype).expand(ctx.shape)
 
 
@@ -46,7 +46,7 @@ def _se_gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _se_gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _se_gate_backward(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pooled, w1, b1, w2, b2 = ctx.saved_tensors
     return *gate_backward(grad, pooled, w1, b1, w2, b2, ctx.act, ctx.gate), None, None
 
@@ -116,7 +116,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, mean if given is None else given, g, *weights)
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(backend: str, ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, pooled, g, w1, b1, w2, b2 = ctx.saved_tensors
     need_x, *need_gate = ctx.needs_input_grad[:6]
     grad_x = grad_y * g.to(x.dtype)[:, :, None, None] if need_x else None

@@ -1,0 +1,150 @@
+"""The MBConv block in training, in one op."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effkernels import backends
+from effkernels.ops import _checks
+from effkernels.ops._activation import ACTIVATIONS, GATES
+from effkernels.ops._geometry import resolve_padding
+from effkernels.ops.batch_norm import update_running_statistics
+from effkernels.ops.batch_norm.op import statistics_dtype
+from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
+from effkernels.ops.mbconv import op, reference
+
+_NAME = "mbconv"
+
+
+class Stage(NamedTuple):
+    """activation(bn(conv(x))): a convolution and the BatchNorm after it, as for `dwconv_bn_swish`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    activation: str
+
+
+class Gate(NamedTuple):
+    """Squeeze-excite's layers, as for `squeeze_excite`."""
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    expand_weight: Tensor
+    expand_bias: Tensor | None
+    activation: str
+    gate: str
+
+
+def mbconv(
+    x: Tensor,
+    expand: Stage | None,
+    depthwise: Stage,
+    squeeze_excite: Gate | None,
+    project: Stage,
+    *,
+    stride: int = 1,
+    padding: int | str = "auto",
+    scale: Tensor | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """An MBConv block (arXiv:1905.11946) for training: `project(squeeze_excite(depthwise(expand(x)))) * scale + x`.
+
+    Saved for backward are x, the three raw convolution outputs, and vectors; what lies between them is computed again
+    on load.
+
+    Args:
+        x: [N, C, H, W], N > 0; float32, float16, bfloat16 or (cpp, eager) float64; NCHW or channels_last, slices too.
+        expand: 1x1, weight [M, C, 1, 1]; None: M is C.
+        depthwise: weight [M, 1, k, k], k in 3, 5, 7; no bias.
+        squeeze_excite: reduce_weight [R, M, 1, 1], expand_weight [M, R, 1, 1]; float32 or the dtype of x; None: none.
+        project: 1x1, weight [O, M, 1, 1]; activation "identity".
+            Convolution weights have the dtype of x. Under autocast they and x are cast as `F.conv2d` casts them.
+        stride, padding: of the depthwise convolution, as for `dwconv_bn_swish`.
+        scale: [N], what stochastic depth multiplies each image of the branch by.
+        residual: whether x is added, which then has the shape of the output.
+
+    Returns:
+        [N, O, Ho, Wo] in the dtype and layout of x.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or batch statistics would be of
+            a single value per channel.
+        RuntimeError: the backend asked for by `use_backend` cannot run.
+    """
+    _checks.map_tensor(_NAME, "x", x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        depthwise, project = (stage._replace(weight=stage.weight.to(dtype)) for stage in (depthwise, project))
+        expand = expand and expand._replace(weight=expand.weight.to(dtype))
+    (n, channels), hidden, out = x.shape[:2], depthwise.weight.shape[0], project.weight.shape[0]
+    k = depthwise.weight.shape[-1]
+    if k not in KERNEL_SIZES:
+        raise ValueError(f"{_NAME}: depthwise must have a kernel size in {KERNEL_SIZES}, got {k}")
+    if stride not in STRIDES:
+        raise ValueError(f"{_NAME}: stride must be one of {STRIDES}, got {stride!r}")
+    pad_top, out_h = resolve_padding(_NAME, padding, x.shape[2], k, stride)
+    pad_left, out_w = resolve_padding(_NAME, padding, x.shape[3], k, stride)
+    window = (stride, pad_top, pad_left, out_h, out_w)
+    if expand is not None:
+        _check("expand", expand, x, (hidden, channels, 1, 1), x.shape)
+    _check("depthwise", depthwise, x, (hidden if expand else channels, 1, k, k), (n, 1, out_h, out_w))
+    _check("project", project, x, (out, hidden, 1, 1), (n, 1, out_h, out_w))
+    if depthwise.bias is not None or project.activation != "identity":
+        raise ValueError(f"{_NAME}: depthwise must have no bias and project no activation")
+    if residual and x.shape != (n, out, out_h, out_w):
+        raise ValueError(f"{_NAME}: residual needs an output like x, {list(x.shape)}, got {[n, out, out_h, out_w]}")
+    _checks.shaped(_NAME, "scale", scale, [n], x)
+
+    backend = backends.choose(_NAME, x)
+    if backend == "eager":
+        return reference.mbconv(x, expand, depthwise, squeeze_excite, project, window, scale, residual)
+    acts = [ACTIVATIONS[stage.activation] if stage else 0 for stage in (expand, depthwise)]
+    weights: tuple[Tensor | None, ...] = (None,) * 4
+    if squeeze_excite is not None:
+        weights = tuple(t if t is None or t.dim() == 1 else t.flatten(1) for t in squeeze_excite[:4])
+        acts += ACTIVATIONS[squeeze_excite.activation], GATES[squeeze_excite.gate]
+    y, *_, stats1, stats2, stats3, _, _ = op.MBCONV(
+        backend,
+        x,
+        *((None,) * 6 if expand is None else _tensors(expand)),
+        *(t for i, t in enumerate(_tensors(depthwise)) if i != 1),  # has no bias
+        *weights,
+        *_tensors(project),
+        None if scale is None else scale.to(statistics_dtype(x)),
+        residual,
+        [stage.eps if stage else 0.0 for stage in (expand, depthwise, project)],
+        acts + [0] * (4 - len(acts)),
+        window,
+    )
+    counts = (n * x.shape[2] * x.shape[3], n * out_h * out_w, n * out_h * out_w)
+    for stage, stats, count in zip((expand, depthwise, project), (stats1, stats2, stats3), counts, strict=True):
+        if stage is not None and stage.training:
+            update_running_statistics(stage.running_mean, stage.running_var, stats, count, stage.momentum)
+    return y
+
+
+def _check(name: str, stage: Stage, x: Tensor, shape: tuple[int, ...], output: Sequence[int]) -> None:
+    _checks.shaped(_NAME, f"{name}.weight", stage.weight, shape, x)
+    _checks.same_dtype(_NAME, f"{name}.weight", stage.weight, "x", x)
+    _checks.shaped(_NAME, f"{name}.bias", stage.bias, shape[:1], x)
+    _checks.batch_norm(f"{_NAME}: {name}", x, shape[0], *stage[2:7])
+    _checks.code(_NAME, f"{name}.activation", stage.activation, ACTIVATIONS)
+    if stage.training:
+        _checks.more_than_one_value(_NAME, output[0] * output[2] * output[3], [output[0], shape[0], *output[2:]])
+
+
+def _tensors(stage: Stage) -> tuple[Tensor | None, ...]:
+    """As the op takes them: known statistics or none, and a 1x1 weight as a matrix."""
+    weight = stage.weight.flatten(1) if stage.weight.shape[2:] == (1, 1) else stage.weight
+    fixed = (None, None) if stage.training else (stage.running_mean, stage.running_var)
+    return weight, stage.bias, stage.bn_weight, stage.bn_bias, *fixed

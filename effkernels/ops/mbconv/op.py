@@ -1,0 +1,301 @@
+"""The MBConv block in training: `mbconv`, one differentiable fusion of the phases.
+
+Only raw convolution outputs are stored: e, d and p, each with its batch statistics from the pass that writes it. The
+next phase normalises and activates on load, forward and again backward.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from effkernels.ops._layout import empty_map
+from effkernels.ops._op import Op
+from effkernels.ops.batch_norm.op import (
+    BN_APPLY,
+    BN_BACKWARD_SUMS,
+    BN_POOL,
+    BN_RESIDUAL,
+    BN_STATISTICS,
+    Reduce,
+    statistics_dtype,
+)
+from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
+from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
+from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
+
+# The backends that have all the phases.
+BACKENDS: tuple[str, ...] = ()
+
+
+def _forward(
+    backend: str, x: Tensor,
+    w1: Tensor | None, bias1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None,
+    mean1: Tensor | None, var1: Tensor | None,
+    w2: Tensor, gamma2: Tensor | None, beta2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
+    v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
+    w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
+    mean3: Tensor | None, var3: Tensor | None,
+    scale: Tensor | None, residual: bool, eps: Sequence[float], acts: Sequence[int], window: Sequence[int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    eps1, eps2, eps3 = eps
+    act1, act2, se_act, gate_act = acts
+    stride, *rest = window
+    wide = statistics_dtype(x)
+
+    prologue: tuple[Any, ...] = NO_NORM
+    if w1 is None:
+        e, stats1 = x.new_empty(0), x.new_empty(0, dtype=wide)
+        d, stats2 = DWCONV(backend, x, w2, *NO_NORM, *NO_NORM, stride, *rest, _statistics(mean2))
+    else:
+        e, stats1 = POINTWISE(backend, x, w1, *NO_NORM, None, _wide(bias1, wide), None, _statistics(mean1))
+        stats1 = _known(stats1, mean1, var1)
+        prologue = (stats1[0], stats1[1], gamma1, beta1, eps1, act1)
+        d, stats2 = DWCONV(backend, e, w2, *prologue, *NO_NORM, stride, *rest, _statistics(mean2))
+    stats2 = _known(stats2, mean2, var2)
+    norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
+    if v1 is None:
+        pooled, gate = x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
+    else:
+        assert v2 is not None
+        pooled = BN_POOL(backend, d, *norm2, True)
+        gate = SE_GATE(backend, pooled[0], v1, c1, v2, c2, se_act, gate_act)
+    p, stats3 = POINTWISE(
+        backend, d, w3, *norm2, _given(gate), _wide(bias3, wide), None, _statistics(mean3)
+    )  # fmt: skip
+    stats3 = _known(stats3, mean3, var3)
+    norm3 = (stats3[0], stats3[1], gamma3, beta3, eps3)
+    if scale is None and not residual:
+        y = BN_APPLY(backend, p, *norm3, 0, Reduce.NONE)[0]
+    else:
+        y = BN_RESIDUAL(backend, p, *norm3, _per_channel(scale, p), x if residual else None)
+    return y, e, d, p, stats1, stats2, stats3, pooled, gate
+
+
+def _statistics(mean: Tensor | None) -> Reduce:
+    return Reduce.STATISTICS if mean is None else Reduce.NONE
+
+
+def _known(stats: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    """The batch statistics, or the fixed ones in their place."""
+    if mean is None:
+        return stats
+    assert var is not None
+    return torch.stack([mean, var]).to(stats.dtype)
+
+
+def _given(t: Tensor) -> Tensor | None:
+    return t if t.numel() else None
+
+
+def _wide(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def _per_channel(scale: Tensor | None, like: Tensor) -> Tensor | None:
+    """[N] -> [N, C]"""
+    return None if scale is None else scale[:, None].expand(like.shape[:2]).contiguous()
+
+
+def _fake(
+    x: Tensor,
+    w1: Tensor | None, bias1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None,
+    mean1: Tensor | None, var1: Tensor | None,
+    w2: Tensor, gamma2: Tensor | None, beta2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
+    v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
+    w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
+    mean3: Tensor | None, var3: Tensor | None,
+    scale: Tensor | None, residual: bool, eps: Sequence[float], acts: Sequence[int], window: Sequence[int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    n, hidden, out = x.shape[0], w2.shape[0], w3.shape[0]
+    vector = x.new_empty(0, dtype=statistics_dtype(x))
+    e = x.new_empty(0) if w1 is None else empty_map(x, (n, hidden, *x.shape[2:]))
+    d = empty_map(x if w1 is None else e, (n, hidden, *window[3:]))
+    p = empty_map(d, (n, out, *window[3:]))
+    return (
+        torch.empty_like(p), e, d, p,
+        vector if w1 is None else vector.new_empty(2, hidden), vector.new_empty(2, hidden), vector.new_empty(2, out),
+        vector if v1 is None else vector.new_empty(3, n, hidden),
+        vector if v1 is None else vector.new_empty(n, hidden),
+    )  # fmt: skip
+
+
+_INPUTS = (
+    "x", "w1", "bias1", "gamma1", "beta1", "mean1", "var1", "w2", "gamma2", "beta2", "mean2", "var2",
+    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "eps", "acts",
+    "window",
+)  # fmt: skip
+_SAVED = (
+    "x", "w1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "c2", "w3", "gamma3", "beta3", "scale",
+)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given = dict(zip(_INPUTS, inputs, strict=True))
+    ctx.residual, ctx.eps, ctx.acts, ctx.window = inputs[-4:]
+    ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs]
+    ctx.fixed = tuple(given[mean] is not None for mean in ("mean1", "mean2", "mean3"))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(given[name] for name in _SAVED), *output[1:])
+
+
+def _backward(backend: str, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(_INPUTS)
+    need = {name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=True) if needed}
+    grads = _gradients(backend, ctx, need, grad)
+    return tuple(
+        grad.to(dtype) if name in need and (grad := grads.get(name)) is not None else None
+        for name, dtype in zip(_INPUTS, ctx.dtypes, strict=True)
+    )
+
+
+def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
+    saved = ctx.saved_tensors
+    x, w1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
+    e, d, p, stats1, stats2, stats3, pooled, gate = saved[len(_SAVED) :]
+    eps1, eps2, eps3 = ctx.eps
+    act1, act2, se_act, gate_act = ctx.acts
+    fixed1, fixed2, fixed3 = ctx.fixed
+    count = d.shape[0] * d.shape[2] * d.shape[3]
+    grads: dict[str, Tensor | None] = {}
+
+    # What each phase is needed for.
+    for_e = need & {"x", "w1", "bias1", "gamma1", "beta1"}
+    for_conv = for_e or need & {"w2"}
+    for_d = for_conv or need & {"gamma2", "beta2", "v1", "c1", "v2", "c2"}
+    for_p = for_d or need & {"w3"}
+
+    grad = grad.contiguous(memory_format=suggest_memory_format(p))
+    scale = _per_channel(scale, p)
+    norm3 = (stats3[0], stats3[1], gamma3, beta3, eps3)
+    means3 = None
+    if (for_p and not fixed3) or need & {"bias3", "gamma3", "beta3"}:
+        sums = BN_BACKWARD_SUMS(backend, grad, scale, None, p, *norm3, 0)
+        means3 = None if fixed3 else sums / count
+        grads |= _of_norm("3", sums, fixed3, stats3, gamma3, eps3)
+    if not for_p:
+        return grads | {"x": grad}
+    norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
+    gate = _given(gate)
+    G, sums, grads["w3"] = POINTWISE_BACKWARD(
+        backend, grad, scale, p, stats3[0], stats3[1], gamma3, eps3, means3, w3, d, *norm2, gate,
+        bool(for_d), "w3" in need,
+    )  # fmt: skip
+    if not for_d:
+        return grads
+
+    # BatchNorm's sums of dz2 = (G * gate + shift) * act2'(bn2(d)) from those of its factors per image.
+    of_gate, of_slope, of_xhat = sums
+    shift = None
+    if gate is not None:
+        shift, *of_weights = gate_backward(of_gate, pooled[0], v1, c1, v2, c2, se_act, gate_act)
+        grads |= zip(("v1", "c1", "v2", "c2"), of_weights, strict=True)
+        shift = shift / (d.shape[2] * d.shape[3])
+        of_slope = gate * of_slope + shift * pooled[1]
+        of_xhat = gate * of_xhat + shift * pooled[2]
+    sums = torch.stack([of_slope.sum(0), of_xhat.sum(0)])
+    means2 = None if fixed2 else sums / count
+    grads |= _of_norm("2", sums, fixed2, stats2, gamma2, eps2)
+    if not for_conv:
+        return grads
+
+    source, prologue = (x, NO_NORM) if w1 is None else (e, (stats1[0], stats1[1], gamma1, beta1, eps1, act1))
+    stride, top, left, _, _ = ctx.window
+    dz1, grads["w2"], sums = DWCONV_BACKWARD(
+        backend, G, gate, shift, d, *norm2, means2, w2, source, *prologue, stride, top, left,
+        bool(for_e), "w2" in need,
+    )  # fmt: skip
+    if w1 is None:
+        grads["x"] = dz1 + grad if ctx.residual else dz1
+    elif for_e:
+        grads |= _of_norm("1", sums, fixed1, stats1, gamma1, eps1)
+        means1 = None if fixed1 else sums / (x.shape[0] * x.shape[2] * x.shape[3])
+        grads |= _expand_backward(
+            backend, dz1, x, w1, stats1[1], gamma1, eps1, means1, grad if ctx.residual else None, need
+        )
+    return grads
+
+
+def _of_norm(
+    number: str, sums: Tensor, fixed: bool, stats: Tensor, gamma: Tensor | None, eps: float
+) -> dict[str, Tensor | None]:
+    """Of a BatchNorm's parameters, and of the bias of the convolution before it, which batch statistics cancel."""
+    factor = (stats[1] + eps).rsqrt() if gamma is None else (stats[1] + eps).rsqrt() * gamma
+    return {
+        f"gamma{number}": sums[1],
+        f"beta{number}": sums[0],
+        f"bias{number}": sums[0] * factor if fixed else torch.zeros_like(sums[0]),
+    }
+
+
+def _expand_backward(
+    backend: str, dz: Tensor, x: Tensor, weight: Tensor, var: Tensor, gamma: Tensor | None, eps: float,
+    means: Tensor | None, residual: Tensor | None, need: set[str],
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """The gradients of x and of the expand weight [M, C], without e.
+
+    de = a (dz - means[0] - ehat means[1]) is affine in ehat = r weight (x - mean of x), and so in x: what is left of e
+    are a matrix C x C and a constant. x is centred first; its raw second moments would cancel.
+    """
+    w = weight.to(var.dtype)
+    r = (var + eps).rsqrt()
+    a = (r if gamma is None else r * gamma)[:, None]
+    centred = x
+    if means is not None:
+        mean = BN_STATISTICS(backend, x)[0]
+        centred, _ = BN_APPLY(backend, x, mean, torch.ones_like(mean), None, None, 0.0, 0, Reduce.NONE)
+        slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
+    grads: dict[str, Tensor | None] = {}
+    if "w1" in need:
+        product = _outer(dz, centred)
+        if means is not None:
+            product = product - slope @ _outer(centred, centred)
+        grads["w1"] = a * product
+    if "x" in need:
+        if means is not None:
+            correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
+            constant = -(w.T @ (a * means[0][:, None]))[:, 0]
+            residual, _ = POINTWISE(
+                backend, centred, -correction, *NO_NORM, None, constant, residual, Reduce.NONE
+            )  # fmt: skip
+        back = (a * w).T.to(x.dtype).contiguous()
+        grads["x"], _ = POINTWISE(backend, dz, back, *NO_NORM, None, None, residual, Reduce.NONE)
+    return grads
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over batch and map of a b^T, [N, M, H, W], [N, C, H, W] -> [M, C], in at least float32."""
+    wide = statistics_dtype(a)
+    if suggest_memory_format(a) == torch.channels_last:
+        rows = [t.permute(0, 2, 3, 1).flatten(0, 2).to(wide) for t in (a, b)]
+        return rows[0].T @ rows[1]
+    columns = [t.flatten(2).to(wide) for t in (a, b)]
+    return (columns[0] @ columns[1].transpose(1, 2)).sum(0)
+
+
+# y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where
+# gate = gate_act(v2 se_act(v1 q + c1) + c2) with q the mean over the map of act2(bn2(.)). w1 [M, C] or None: no expand;
+# v1 [R, M] or None: no gate; scale [N] or None; x is added if `residual`. A BatchNorm with a mean and a variance uses
+# them, one without uses batch statistics. eps: of bn1, bn2, bn3; acts: act1, act2, se_act, gate_act; window: stride,
+# padding at the top and at the left, height and width of the output. What backward reads is returned too: the raw
+# convolution outputs e, d and p, the statistics [2, channels] of each, `bn_pool`'s sums and the gate; what there is not
+# is empty.
+MBCONV = Op(
+    "mbconv",
+    "(Tensor x,"
+    " Tensor? w1, Tensor? bias1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, Tensor? var1,"
+    " Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2,"
+    " Tensor? v1, Tensor? c1, Tensor? v2, Tensor? c2,"
+    " Tensor w3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3,"
+    " Tensor? scale, bool residual, float[] eps, int[] acts, SymInt[] window)"
+    " -> (Tensor y, Tensor e, Tensor d, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor pooled,"
+    " Tensor gate)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+MBCONV.compose(_forward)
