@@ -305,7 +305,8 @@ template <int A, class V>
 inline EFFK_INLINE V activate(V z) {
   using C = std::remove_reference_t<decltype(z[0])>;
   constexpr C one = 1, three = 3, six = 6;
-  if constexpr (A == kSilu) return z * reciprocal(one + exp_neg(z));
+  // The last term makes NaN of -infinity, which the exponential's clamp hides, as the quotient z / infinity would.
+  if constexpr (A == kSilu) return z * reciprocal(one + exp_neg(z)) + at_most(z, 0) * 0;
   if constexpr (A == kSigmoid) return reciprocal(one + exp_neg(z));
   if constexpr (A == kRelu) return at_least(z, 0);
   if constexpr (A == kRelu6) return at_most(at_least(z, 0), six);

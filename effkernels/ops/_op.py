@@ -34,6 +34,7 @@ class Op:
         backward: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
+        self.fake = fake
         self._functions: dict[str, Any] = {}
         self.overloads: dict[str, torch._ops.OpOverload] = {}
         for backend in KERNEL_BACKENDS:

@@ -7,6 +7,26 @@ from torch import Tensor
 from effkernels.ops._activation import activate, activate_backward
 
 
+def norm_act(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int
+) -> Tensor:
+    """The activation of BatchNorm with given statistics, or of x itself where there are none."""
+    if mean is not None:
+        # Beside half precision each of these may have x's dtype or float32.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, var, gamma, beta = (None if v is None else v.to(wide) for v in (mean, var, gamma, beta))
+        x = F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
+    return activate(x, act)
+
+
+def statistics(x: Tensor) -> Tensor:
+    """Mean and biased variance of each channel, [2, C], in at least float32; NaN if x is empty."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.numel() == 0:
+        return wide.new_full((2, x.shape[1]), torch.nan)
+    return torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0)[::-1])
+
+
 def normalized(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """xhat = (x - mean) / sqrt(var + eps), in the dtype of the statistics."""
     return F.batch_norm(x.to(mean.dtype), mean, var, None, None, False, 0.0, eps)

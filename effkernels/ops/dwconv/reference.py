@@ -6,7 +6,7 @@ from torch import Tensor
 
 from effkernels.ops._activation import activate, activate_backward
 from effkernels.ops._geometry import extra_padding
-from effkernels.ops.batch_norm.reference import affine, grad_of_input, grad_of_norm, normalized
+from effkernels.ops.batch_norm.reference import affine, grad_of_input, grad_of_norm, norm_act, normalized
 
 aten = torch.ops.aten
 
@@ -16,14 +16,30 @@ def dwconv_bn_act(
     running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float, eps: float,
     stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, act: int, pool: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    d = conv(x, weight, stride, pad_top, pad_left, out_h, out_w)
+    y = activate(F.batch_norm(d, running_mean, running_var, gamma, beta, training, momentum, eps), act)
+    return y, mean(y) if pool else None
+
+
+def dwconv(
+    x: Tensor, weight: Tensor,
+    mean1: Tensor | None, var1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None, eps1: float, act1: int,
+    mean2: Tensor | None, var2: Tensor | None, gamma2: Tensor | None, beta2: Tensor | None, eps2: float, act2: int,
+    stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int,
+) -> Tensor:  # fmt: skip
+    """The map that the phase op `dwconv` stores."""
+    x = norm_act(x, mean1, var1, gamma1, beta1, eps1, act1)
+    d = conv(x, weight, stride, pad_top, pad_left, out_h, out_w)
+    return norm_act(d, mean2, var2, gamma2, beta2, eps2, act2)
+
+
+def conv(x: Tensor, weight: Tensor, stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int) -> Tensor:
     k = weight.shape[2]
     bottom = extra_padding(x.shape[2], out_h, pad_top, k, stride)
     right = extra_padding(x.shape[3], out_w, pad_left, k, stride)
     if bottom or right:
         x = F.pad(x, (0, right, 0, bottom))
-    d = F.conv2d(x, weight, None, stride, (pad_top, pad_left), 1, x.shape[1])
-    y = activate(F.batch_norm(d, running_mean, running_var, gamma, beta, training, momentum, eps), act)
-    return y, mean(y) if pool else None
+    return F.conv2d(x, weight, None, stride, (pad_top, pad_left), 1, x.shape[1])
 
 
 def mean(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ SPATIAL_MEAN.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 def _se_gate_fake(
     pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int
 ) -> Tensor:
-    return torch.empty_like(pooled)
+    return pooled.new_empty(pooled.shape)
 
 
 def _se_gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

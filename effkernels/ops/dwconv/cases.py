@@ -1,0 +1,153 @@
+"""Cases of `dwconv`."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from effkernels.ops._activation import Activation
+from effkernels.ops._cases import CUTS, DTYPES, Case, Comparison, Norm, as_float64, feature_map, huge, maps
+from effkernels.ops._geometry import resolve_padding
+from effkernels.ops._op import Op
+from effkernels.ops.batch_norm.cases import compare_sums
+from effkernels.ops.batch_norm.op import Reduce
+from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES, reference
+from effkernels.ops.dwconv.op import DWCONV
+
+NOTHING = Norm(statistics=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dwconv(Case):
+    op: ClassVar[Op] = DWCONV
+    shape: tuple[int, int, int, int]
+    layout: str = "nchw"
+    values: str = "normal"
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int | str = "auto"
+    prologue: Norm = NOTHING
+    epilogue: Norm = NOTHING
+    reduce: Reduce = Reduce.NONE
+    strided_weight: bool = False
+
+    def make(self) -> tuple[Any, ...]:
+        _, channels, height, width = self.shape
+        k = self.kernel_size
+        x = feature_map(self.shape, self.dtype, self.layout, self.values)
+        weight = torch.randn(channels, 1, k, k)
+        if self.values == "denormal":
+            weight *= huge(self.dtype)
+        if self.values == "offset":  # the statistics of y are then those of x
+            weight.zero_()[:, :, k // 2, k // 2] = 1
+        if self.strided_weight:
+            weight = weight.transpose(0, 3).contiguous().transpose(0, 3)
+        top, out_h = resolve_padding("dwconv", self.padding, height, k, self.stride)
+        left, out_w = resolve_padding("dwconv", self.padding, width, k, self.stride)
+        norms = self.prologue.make(channels, self.dtype) + self.epilogue.make(channels, self.dtype)
+        return x, weight.to(self.dtype), *norms, self.stride, top, left, out_h, out_w, self.reduce
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        y, sums = outputs
+        *given, reduce = arguments
+        yield Comparison("y", y, reference.dwconv(*given), reference.dwconv(*as_float64(given)))
+        yield from compare_sums(sums, y, reduce)
+
+
+f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+SILU, RELU, HARDSWISH = Norm(Activation.SILU), Norm(Activation.RELU), Norm(Activation.HARDSWISH)
+MEAN, STATISTICS = Reduce.MEAN, Reduce.STATISTICS
+
+CORE: list[dict[str, Any]] = [
+    # One pixel, row, column, channel.
+    dict(shape=(3, 2, 1, 1), reduce=MEAN),
+    dict(shape=(1, 129, 1, 1), dtype=f16, kernel_size=5, padding="same", reduce=STATISTICS),
+    dict(shape=(3, 129, 1, 1), epilogue=SILU, reduce=MEAN),
+    dict(shape=(1, 3, 1, 7), layout="channels_last", dtype=bf16, stride=2, padding="same", reduce=MEAN),
+    dict(shape=(2, 3, 7, 1), kernel_size=5, stride=2, reduce=STATISTICS),
+    dict(shape=(1, 1, 13, 15), layout="channels_last", dtype=f16, padding=1, reduce=STATISTICS),
+    # Several blocks of channels, bands of rows, blocks of columns; columns beyond a warp.
+    dict(shape=(1, 129, 5, 6), layout="channels_last", dtype=f16, reduce=MEAN),
+    dict(shape=(1, 17, 5, 6), dtype=bf16, reduce=STATISTICS),
+    dict(shape=(1, 17, 13, 15), layout="channels_last", reduce=STATISTICS),
+    dict(shape=(1, 3, 13, 15), dtype=f16, stride=2, padding="same", reduce=MEAN),
+    dict(shape=(1, 2, 3, 37), layout="channels_last", kernel_size=5, reduce=MEAN),
+    dict(shape=(1, 2, 3, 140), reduce=STATISTICS),
+    dict(shape=(1, 3, 13, 150), dtype=f16, kernel_size=7, stride=2, padding="same", prologue=SILU, reduce=STATISTICS),
+    # As a network calls it.
+    dict(
+        shape=(2, 96, 13, 15), layout="channels_last", dtype=f16, stride=2, padding="same", epilogue=SILU, reduce=MEAN
+    ),
+    dict(shape=(2, 17, 13, 15), dtype=f16, kernel_size=5, epilogue=SILU, reduce=MEAN),
+    dict(
+        shape=(3, 48, 13, 15), layout="channels_last", dtype=bf16, kernel_size=5, prologue=SILU, reduce=STATISTICS
+    ),
+    dict(shape=(3, 17, 13, 15), prologue=SILU, reduce=STATISTICS),
+    # Padding is zero after the prologue, whose value at zero is not; it may exceed the window.
+    dict(shape=(2, 17, 6, 7), layout="channels_last", prologue=SILU, epilogue=HARDSWISH, reduce=STATISTICS),
+    dict(shape=(2, 17, 6, 7), dtype=f16, stride=2, prologue=SILU, epilogue=HARDSWISH, reduce=STATISTICS),
+    dict(shape=(1, 17, 9, 8), layout="channels_last", kernel_size=5, padding=0),
+    dict(shape=(1, 3, 4, 5), dtype=f16, stride=2, padding=4, prologue=SILU, reduce=MEAN),
+    dict(shape=(1, 8, 4, 5), layout="channels_last", padding=4, prologue=SILU, reduce=MEAN),
+    dict(shape=(2, 3, 13, 14), layout="channels_last", dtype=bf16, kernel_size=5, stride=2, padding="same"),
+    dict(shape=(1, 3, 13, 15), kernel_size=7, reduce=MEAN),
+    dict(shape=(1, 17, 13, 15), layout="channels_last", dtype=f16, kernel_size=7, stride=2, padding="same"),
+    dict(
+        shape=(1, 3, 6, 7), kernel_size=5,
+        prologue=Norm(Activation.RELU6, statistics=False), epilogue=Norm(Activation.SILU, statistics=False),
+    ),
+    # Slices, strides, NaN, a large mean.
+    dict(shape=(2, 3, 6, 7), layout="sliced nchw", reduce=MEAN),
+    dict(shape=(2, 17, 6, 7), layout="sliced channels_last", dtype=f16, kernel_size=5, stride=2, padding="same"),
+    dict(shape=(1, 3, 6, 7), strided_weight=True),
+    dict(shape=(1, 3, 6, 7), values="nonfinite", epilogue=RELU),
+    dict(shape=(3, 5, 13, 15), values="offset", reduce=STATISTICS),
+    dict(shape=(3, 5, 13, 15), layout="channels_last", values="offset", reduce=STATISTICS),
+    dict(shape=(0, 3, 6, 7), layout="channels_last", epilogue=SILU, reduce=MEAN),
+    dict(shape=(0, 3, 9, 11), dtype=f16, epilogue=SILU, reduce=STATISTICS),
+]  # fmt: skip
+
+
+def _cases() -> Iterator[Case]:
+    numbers = random.Random(0)
+    windows = [*itertools.product(KERNEL_SIZES, STRIDES)]
+    for core in CORE:
+        yield Dwconv(tag="core", **core)
+    for (k, stride), layout, dtype in itertools.product(windows, ("nchw", "channels_last"), DTYPES):
+        # Whole vectors and several tiles; then scalar accesses and tiles that hang over.
+        for shape, reduce, prologue in (((1, 24, 16, 40), MEAN, HARDSWISH), ((3, 17, 13, 15), STATISTICS, SILU)):
+            yield Dwconv(
+                tag="instance", shape=shape, layout=layout, dtype=dtype, kernel_size=k, stride=stride,
+                prologue=prologue, epilogue=SILU, reduce=reduce,
+            )  # fmt: skip
+    norms = [NOTHING, *(Norm(act, statistics, affine) for act in Activation for statistics, affine in
+                        ((True, True), (True, False), (False, False)))]  # fmt: skip
+
+    def drawn(k: int, stride: int) -> dict[str, Any]:
+        return dict(
+            kernel_size=k, stride=stride, prologue=numbers.choice(norms), epilogue=numbers.choice(norms),
+            reduce=numbers.choice(list(Reduce)),
+        )  # fmt: skip
+
+    for m in maps(numbers):
+        for k, stride in numbers.sample(windows, 2):
+            yield Dwconv(**m, **drawn(k, stride), padding=numbers.choice(("auto", "same")))
+    for layout, (k, stride) in itertools.product(("nchw", "channels_last"), windows):
+        for padding in (0, 1, 4, "same"):
+            yield Dwconv(shape=(2, 18, 10, 9), layout=layout, padding=padding, **drawn(k, stride))
+    for cut, memory, dtype in itertools.product(CUTS, ("nchw", "channels_last"), (f32, f16)):
+        k, stride = numbers.choice(windows)
+        yield Dwconv(shape=(2, 24, 6, 10), layout=f"{cut} {memory}", dtype=dtype, **drawn(k, stride))
+    for layout, dtype in itertools.product(("nchw", "channels_last"), DTYPES):
+        yield Dwconv(shape=(2, 18, 6, 7), layout=layout, dtype=dtype, values="nonfinite", epilogue=RELU)
+        yield Dwconv(shape=(2, 18, 6, 7), layout=layout, dtype=dtype, values="denormal")
+    for layout, (k, stride) in itertools.product(("nchw", "channels_last"), windows):
+        yield Dwconv(shape=(1, 70, 61, 150), layout=layout, **drawn(k, stride))
+        yield Dwconv(shape=(2, 9, 40, 33), layout=layout, kernel_size=k, values="offset", reduce=STATISTICS)
+
+
+CASES = list(_cases())
