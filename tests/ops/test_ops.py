@@ -465,6 +465,14 @@ def test_bad_squeeze_excite(backend, case, function):
         function(**{"x": torch.ones(2, 6, 8, 8), **GATE, **change})
 
 
+def test_shapes_on_the_meta_device():
+    x, weight = torch.empty(2, 5, 6, 7, device="meta"), torch.empty(5, 1, 3, 3, device="meta")
+    statistics = torch.empty(5, device="meta")
+    with use_backend("eager"):
+        y = ops.dwconv_bn_swish(x, weight, None, None, statistics, statistics, stride=2)
+    assert (y.shape, y.device.type) == ((2, 5, 3, 4), "meta")
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="name must be one of auto, cpp, cuda, triton, eager, got 'tpu'"):
         use_backend("tpu")
