@@ -17,6 +17,7 @@ inline Unit unit_at(const DwconvParams& p, int64_t index) {
 }
 
 constexpr int kMaxKernelSize = 7;
+constexpr int64_t kLineBytes = 64;
 
 // Of a raw output vector, what statistics are taken about.
 template <class T>
@@ -50,20 +51,20 @@ inline int64_t padded_width(const DwconvParams& p) {
 template <class C>
 struct Layout {
   static constexpr int64_t V = kLanes<C>;
-  int64_t row, ring, line;        // of one vector
-  int64_t lines, sums, size;  // where they begin, after the rings; the whole
+  int64_t tiles, row, ring, line;  // of one vector
+  int64_t lines, sums, size;       // where they begin, after the rings; the whole
 
   Layout(const DwconvParams& p, int64_t vectors)
-      : row(padded_width(p) * V), ring(odd_lines(p.kernel_size * padded_width(p)) * V),
+      : tiles(ceil_div(p.out_w, tile_of(p.out_w))), row(padded_width(p) * V),
+        ring(odd_lines(p.kernel_size * padded_width(p)) * V),
         line(odd_lines(width_in_tiles(p.out_w)) * V), lines(vectors * ring), sums(lines + vectors * line),
         size(sums + vectors * static_cast<int64_t>((sizeof(Sums<C>) + 2 * sizeof(Scale<C>)) / sizeof(C))) {}
 };
 
 // The padding of the rings, which units leave zero.
 template <class C>
-void clear_rings(const DwconvParams& p, C* scratch) {
-  const int64_t end = Layout<C>(p, p.chunk_channels / kLanes<C>).lines;
-  for (int64_t i = 0; i < end; i += kLanes<C>) store(scratch + i, Vec<C>{});
+void clear_rings(const Layout<C>& size, C* scratch) {
+  for (int64_t i = 0; i < size.lines; i += kLanes<C>) store(scratch + i, Vec<C>{});
 }
 
 // One output row of kLanes channels, [tiles * Tile][lanes], from the rows [ky_begin, ky_end) of the window that lie
@@ -106,13 +107,11 @@ struct View {
 
 template <class In, class Out>
 void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>& view, ConvRow<compute_t<In>> conv,
-                       compute_t<In>* scratch) {
+                       const Layout<compute_t<In>>& size, compute_t<In>* scratch) {
   using C = compute_t<In>;
   constexpr int V = kLanes<C>;
   const int k = p.kernel_size;
-  const int64_t chunk_vectors = p.chunk_channels / V;
-  const Layout<C> size(p, chunk_vectors);
-  const int64_t vectors = ceil_div(view.channels, V), width = padded_width(p), tiles = ceil_div(p.out_w, tile_of(p.out_w));
+  const int64_t chunk_vectors = p.chunk_channels / V, vectors = ceil_div(view.channels, V), width = size.row / V;
   const int64_t left = min64(p.pad_left, width), columns = min64(p.x.w, width - left);
   const int last_lanes = static_cast<int>((view.channels - 1) % V + 1);
   C* rings = scratch;               // [vectors][k][width][lanes]
@@ -154,11 +153,18 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
     staged = max64(staged, top + ky_end);
     int64_t offset[kMaxKernelSize];
     for (int ky = ky_begin; ky < ky_end; ++ky) offset[ky] = (top + ky) % k * size.row;
+    // The rows that the next output row adds: without this, their loads would wait for memory with nothing to compute.
+    // (A single vector comes from a tile in the cache.)
+    const int64_t ahead = vectors == 1 ? 0 : max64(min64(p.x.h - staged, p.stride), 0) * columns;
     for (int64_t v = 0; v < vectors; ++v) {
+      if (ahead)
+        for (int64_t i = ahead * v / vectors; i < ahead * (v + 1) / vectors; ++i)
+          for (int64_t c = 0; c < view.channels; c += kLineBytes / sizeof(In))
+            __builtin_prefetch(view.x + staged * view.stride_h + i * view.stride_w + c * view.stride_c, 0, 2);
       const C* window[kMaxKernelSize];
       for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = rings + v * size.ring + offset[ky];
       const C* weights = static_cast<const C*>(p.packed) + (u.c + v * V) * k * k;
-      conv(window, ky_begin, ky_end, weights, tiles, lines + v * size.line);
+      conv(window, ky_begin, ky_end, weights, size.tiles, lines + v * size.line);
       if (row == u.row && p.reduce == Reduce::kStatistics)
         sums[v].origin = first_value<Out>(p, lines + v * size.line, epilogue[v]);
     }
@@ -185,11 +191,12 @@ inline bool is_transposed(const DwconvParams& p) {
 }
 
 template <class T>
-void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> conv, compute_t<T>* scratch) {
+void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> conv, const Layout<compute_t<T>>& size,
+                    compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const int64_t pixels = p.x.h * p.x.w, out_pixels = p.out_h * p.out_w;
-  C* in = scratch + Layout<C>(p, 1).size;                       // [pixels][lanes]
+  C* in = scratch + size.size;                       // [pixels][lanes]
   T* out = reinterpret_cast<T*>(in + round_up<C>(pixels) * V);  // [out_pixels][lanes]
   Vec<C> rows[V] = {};
   const T* x = row_of<T>(p.x, u.n, u.c, 0);
@@ -204,7 +211,7 @@ void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> 
     transpose<C>(rows);
     for (int64_t j = 0; j < V; ++j) store(in + (i + j) * V, rows[j]);
   }
-  run_channels_last<C, T>(p, u, {in, 1, p.x.w * V, V, out, V, V}, conv, scratch);
+  run_channels_last<C, T>(p, u, {in, 1, p.x.w * V, V, out, V, V}, conv, size, scratch);
   for (int64_t i = 0; i < out_pixels; i += V) {
     for (int64_t j = 0; j < V; ++j) rows[j] = load(out + (i + j) * V);
     transpose<C>(rows);
@@ -294,6 +301,10 @@ void run_plane(const DwconvParams& p, const Unit& u, ConvRows<compute_t<T>> conv
   }
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t offset = b * R * s;
+    // What the next unit will stage.
+    const T* next = row_of<T>(p.x, u.n, u.c, top + last);
+    for (int64_t i = u.rows * s * b / blocks; i < u.rows * s * (b + 1) / blocks; ++i)
+      for (int64_t j = 0; j < p.x.w; j += kLineBytes / sizeof(T)) __builtin_prefetch(next + i * p.x.stride_h + j, 0, 2);
     conv(staged + offset * in_row, length, first - offset, last - offset, weights, vectors, raw + b * R * vectors * V);
   }
   Sums<C> sums;
@@ -374,15 +385,16 @@ void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scr
   using C = compute_t<T>;
   const ConvRow<C> row = tile_of(p.out_w) == 7 ? &conv_row<C, K, S, 7> : &conv_row<C, K, S, 8>;
   C* buffer = static_cast<C*>(scratch);
-  if (lanes_are_channels(p)) clear_rings(p, buffer);
+  const Layout<C> size(p, p.chunk_channels / kLanes<C>);
+  if (lanes_are_channels(p)) clear_rings(size, buffer);
   for (int64_t i = first_unit; i < last_unit; ++i) {
     const Unit u = unit_at(p, i);
     if (p.channels_last) {
       T* y = static_cast<T*>(p.y) + (u.n * p.out_h + u.row) * p.out_w * p.x.c + u.c;
       const View<T, T> view{row_of<T>(p.x, u.n, u.c, 0), p.x.stride_c, p.x.stride_h, p.x.stride_w, y, p.x.c, u.channels};
-      run_channels_last<T, T>(p, u, view, row, buffer);
+      run_channels_last<T, T>(p, u, view, row, size, buffer);
     } else if (is_transposed(p)) {
-      run_transposed<T>(p, u, row, buffer);
+      run_transposed<T>(p, u, row, size, buffer);
     } else {
       run_plane<T>(p, u, &conv_rows<C, K, S>, buffer);
     }
