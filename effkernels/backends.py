@@ -1,7 +1,7 @@
 """Which implementation of an op runs: one list of conditions, each with its reason.
 
 `eager` is plain PyTorch, `cpp` C++ on the CPU, `cuda` C++ on the GPU, `triton` Triton on the GPU;
-`auto` takes the first of `PREFERENCE` that can run.
+`auto` takes the first of `PREFERENCE` that can run and, on a GPU, was found right there (verify.py).
 """
 
 import os
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from effkernels import _native
+from effkernels import _native, verify
 
 PREFERENCE = ("cpp", "cuda", "triton", "eager")
+VERIFIED = ("cuda", "triton")  # by `verify`, before `auto` takes them: the code may be older than the GPU
 NAMES = ("auto", *PREFERENCE)
 DTYPES = {
     "cpp": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -71,6 +72,7 @@ def choose(op: str, x: Tensor, obstacle: object = None) -> str:
 
     Raises RuntimeError if the backend that `use_backend` asked for cannot run.
     """
+    refused: dict[str, str] = {}
     if obstacle is not None:
         backend = "eager"
     elif _requested != "auto":
@@ -79,21 +81,27 @@ def choose(op: str, x: Tensor, obstacle: object = None) -> str:
             raise RuntimeError(f"effkernels.{op}: backend {_requested!r} cannot run: {reason}")
         backend = _requested
     else:
-        backend = next(name for name in PREFERENCE if why_not(name, x) is None)
+        for backend in PREFERENCE:
+            reason = why_not(backend, x)
+            if reason is None and backend in VERIFIED:
+                reason = verify.why_not(backend, str(x.device), torch.compiler.is_compiling())
+            if reason is None:
+                break
+            refused[backend] = reason
         if backend == "eager" and not torch.compiler.is_compiling():
-            _warn_slow(x)
+            _warn_slow(x, refused)
     if _decisions is not None:
-        reasons = {name: obstacle or why_not(name, x) for name in PREFERENCE if name != backend}
+        reasons = {name: obstacle or refused.get(name) or why_not(name, x) for name in PREFERENCE if name != backend}
         rejected = {name: str(reason) for name, reason in reasons.items() if reason is not None}
         _decisions.append(Decision(op, backend, tuple(x.shape), x.dtype, x.device, rejected))
     return backend
 
 
-def _warn_slow(x: Tensor) -> None:
+def _warn_slow(x: Tensor, refused: dict[str, str]) -> None:
     if x.device.type in _warned:
         return
     _warned.add(x.device.type)
-    reasons = "; ".join(f"{name}: {why_not(name, x)}" for name in PREFERENCE if name != "eager")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     warnings.warn(
         f"effkernels runs unfused on {x.device.type} ({reasons}). `effkernels doctor` says what is missing; "
         'effkernels.use_backend("eager") silences this.',

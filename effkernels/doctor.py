@@ -3,19 +3,27 @@
 import importlib.metadata
 import platform
 import sys
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 
 import effkernels
 from effkernels import _build, _native, backends
+from effkernels.verify import Verdict, device_name, save
 
 YES, NO = Text("yes", "green"), Text("no", "yellow")
 
 
-def doctor() -> None:
+def doctor(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run every kernel that this machine can run against float64.")
+    ] = False,
+) -> None:
     """Say what this machine can run, and why not the rest."""
     console = Console()
     console.print(_facts("This machine", _machine()))
@@ -27,6 +35,43 @@ def doctor() -> None:
         reason = _why_not(backend)
         table.add_row(backend, NO if reason else YES, reason or _runs_on(backend))
     console.print(table)
+    if verify and not _verify(console):
+        raise typer.Exit(1)
+
+
+def _verify(console: Console) -> bool:
+    """Whether every kernel was right; on a GPU `auto` goes by it from now on."""
+    from effkernels.ops._cases import cases_for
+
+    table = Table("Backend", "Device", "Kernel", "Cases", Column("Right", overflow="fold"))
+    table.title, table.title_justify = "Kernels against float64", "left"
+    right = True
+    for backend, device in _places():
+        verdict = Verdict()
+        # Instances that Triton would have to compile are left to the tests.
+        tags = ["core"] if backend == "triton" else ["core", "instance"]
+        for case in track(cases_for(backend, *tags), f"{backend} on {device}", console=console, transient=True):
+            verdict.add(backend, device, case)
+        if backend in backends.VERIFIED:
+            save(backend, device, verdict)
+        for op, count in verdict.cases.items():
+            wrong = verdict.wrong.get(op)
+            table.add_row(backend, device_name(device), op, str(count), Text(wrong, "red") if wrong else YES)
+        right = right and not verdict.wrong
+    console.print(table)
+    return right
+
+
+def _places() -> list[tuple[str, str]]:
+    """Backends and devices on which they run here."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [
+        (backend, device)
+        for backend, kinds in backends.DEVICES.items()
+        if _native.MISSING[backend] is None
+        for device in ["cpu", *gpus]
+        if device.split(":")[0] in kinds
+    ]
 
 
 def _facts(title: str, facts: dict[str, str]) -> Table:
