@@ -49,8 +49,8 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
-# One per generation, which runs on all chips of that generation, and PTX for those to come.
-CUDA_ARCHES = ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]
+# One per generation, which runs on all chips of that generation; the last known to nvcc as PTX too, for those to come.
+CUDA_ARCHES = ["7.5", "8.0", "9.0", "10.0", "12.0"]
 
 
 class Torch(NamedTuple):
@@ -305,7 +305,8 @@ def cuda_arches(nvcc: str) -> list[str]:
     requested = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
     if requested == [""]:
         known = _output([nvcc, "--list-gpu-arch"]).split()
-        return [arch for arch in CUDA_ARCHES if f"compute_{_digits(arch)}" in known]
+        arches = [arch for arch in CUDA_ARCHES if f"compute_{_digits(arch)}" in known]
+        return [*arches[:-1], f"{arches[-1]}+PTX"]
     for arch in requested:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             raise ValueError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; accepted are entries like 8.0, 9.0a and 12.0+PTX")

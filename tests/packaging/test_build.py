@@ -194,7 +194,7 @@ def test_a_reason_that_holds_no_longer_is_noticed(tree, monkeypatch):
 
 def test_arch_list(tree, monkeypatch, tmp_path):
     nvcc = fake(tmp_path, "nvcc", "compute_75 compute_80 compute_90")
-    assert tree.cuda_arches(nvcc) == ["7.5", "8.0", "9.0"], "those of the default list that this nvcc knows"
+    assert tree.cuda_arches(nvcc) == ["7.5", "8.0", "9.0+PTX"], "those of the default list that this nvcc knows"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0; 9.0a+PTX")
     assert tree.cuda_arches(nvcc) == ["8.0", "9.0a+PTX"]
     assert tree._gencode("9.0a+PTX") == [
