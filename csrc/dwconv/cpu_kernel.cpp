@@ -1,6 +1,6 @@
 #include "cpu_kernel.h"
 
-#include "vec_map.h"
+#include "depthwise.h"
 
 namespace effk {
 namespace {
@@ -16,7 +16,6 @@ inline Unit unit_at(const DwconvParams& p, int64_t index) {
   return {n, c, min64(p.chunk_channels, p.x.c - c), row, min64(p.band_rows, p.out_h - row), n * p.bands + band};
 }
 
-constexpr int kMaxKernelSize = 7;
 constexpr int64_t kLineBytes = 64;
 
 // Of a raw output vector, what statistics are taken about.
@@ -35,17 +34,7 @@ Vec<compute_t<T>> first_value(const DwconvParams& p, const compute_t<T>* raw, co
 // bounds check. The map is read and written a whole row of all the chunk's channels at a time: one vector of channels
 // after the other would leave most of each page for later.
 
-// The tile of output columns that are accumulated in registers: what covers the row with less waste.
-inline int tile_of(int64_t out_w) { return ceil_div(out_w, 7) * 7 <= ceil_div(out_w, 8) * 8 ? 7 : 8; }
-
-inline int64_t width_in_tiles(int64_t out_w) { return ceil_div(out_w, tile_of(out_w)) * tile_of(out_w); }
-
-// The same place in the rings of successive vectors must not fall on the same few sets of the cache.
-inline int64_t odd_lines(int64_t vectors) { return vectors | 1; }
-
-inline int64_t padded_width(const DwconvParams& p) {
-  return (width_in_tiles(p.out_w) - 1) * p.stride + p.kernel_size;
-}
+inline int64_t padded_width(const DwconvParams& p) { return padded_width(p.out_w, p.kernel_size, p.stride); }
 
 // The scratch of a unit, in elements.
 template <class C>
@@ -65,34 +54,6 @@ struct Layout {
 template <class C>
 void clear_rings(const Layout<C>& size, C* scratch) {
   for (int64_t i = 0; i < size.lines; i += kLanes<C>) store(scratch + i, Vec<C>{});
-}
-
-// One output row of kLanes channels, [tiles * Tile][lanes], from the rows [ky_begin, ky_end) of the window that lie
-// inside the map.
-template <class C>
-using ConvRow = void (*)(const C* const* rows, int ky_begin, int ky_end, const C* weights, int64_t tiles, C* out);
-
-template <class C, int K, int S, int Tile>
-void conv_row(const C* const* rows, int ky_begin, int ky_end, const C* weights, int64_t tiles, C* out) {
-  constexpr int V = kLanes<C>;
-  for (int64_t t = 0; t < tiles; ++t) {
-    Vec<C> acc[Tile] = {};
-    for (int ky = ky_begin; ky < ky_end; ++ky) {
-      const C* in = rows[ky] + t * Tile * S * V;
-      Vec<C> w[K];
-#pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx) w[kx] = load(weights + (ky * K + kx) * V);
-#pragma GCC unroll 32
-      for (int j = 0; j < (Tile - 1) * S + K; ++j) {
-        const Vec<C> v = in_register(load(in + j * V));
-#pragma GCC unroll 8
-        for (int kx = 0; kx < K; ++kx)
-          if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < Tile) acc[(j - kx) / S] += v * w[kx];
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Tile; ++i) store(out + (t * Tile + i) * V, acc[i]);
-  }
 }
 
 // One unit's channels of a map, and of its output from the unit's first row on; strides are in elements.
@@ -368,10 +329,7 @@ void pack(const DwconvParams& p) {
   C* packed = static_cast<C*>(p.packed);
   const int64_t taps = p.kernel_size * p.kernel_size;
   if (lanes_are_channels(p)) {
-    for (int64_t c = 0; c < p.x.c; c += V)  // [C / V][k * k][V], zero past the last channel
-      for (int64_t t = 0; t < taps; ++t)
-        store(packed + c * taps + t * V,
-              load_strided(weight + c * taps + t, taps, static_cast<int>(min64(p.x.c - c, V))));
+    pack_taps(weight, p.x.c, taps, packed);
   } else {
     for (int64_t i = 0; i < p.x.c * taps; i += V) {
       const int n = static_cast<int>(min64(p.x.c * taps - i, V));
@@ -383,7 +341,7 @@ void pack(const DwconvParams& p) {
 template <class T, int K, int S>
 void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
   using C = compute_t<T>;
-  const ConvRow<C> row = tile_of(p.out_w) == 7 ? &conv_row<C, K, S, 7> : &conv_row<C, K, S, 8>;
+  const ConvRow<C> row = conv_row_of<C, K, S>(p.out_w);
   C* buffer = static_cast<C*>(scratch);
   const Layout<C> size(p, p.chunk_channels / kLanes<C>);
   if (lanes_are_channels(p)) clear_rings(size, buffer);
