@@ -11,7 +11,9 @@ from effkernels.nn import (
     Swish,
     conversion_report,
     convert,
+    freeze,
     revert,
+    unfreeze,
 )
 
 __version__ = "0.1.0"
@@ -24,8 +26,10 @@ __all__ = [
     "conversion_report",
     "convert",
     "explain",
+    "freeze",
     "models",
     "ops",
     "revert",
+    "unfreeze",
     "use_backend",
 ]

@@ -67,6 +67,13 @@ def why_not(backend: str, x: Tensor) -> str | None:
     return None
 
 
+def takes(backend: str, x: Tensor) -> bool:
+    """Whether `choose` takes `backend` for an op on `x` that has kernels for it."""
+    if _requested != "auto":
+        return _requested == backend
+    return next(name for name in PREFERENCE if why_not(name, x) is None) == backend
+
+
 def choose(op: str, x: Tensor, obstacle: object = None) -> str:
     """The backend that runs `op` on `x`: `eager` if there is an `obstacle`, a reason that holds for every kernel.
 

@@ -1,6 +1,7 @@
 """Modules built on the fused ops, and the swap of existing models to them."""
 
 from effkernels.nn.convert import ConversionReport, conversion_report, convert, revert
+from effkernels.nn.freezing import freeze, unfreeze
 from effkernels.nn.layers import DropPath
 from effkernels.nn.modules import ConvBNAct, DepthwiseConvBNAct, FusedMBConv, MBConv, SqueezeExcite, Swish
 
@@ -15,5 +16,7 @@ __all__ = [
     "Swish",
     "conversion_report",
     "convert",
+    "freeze",
     "revert",
+    "unfreeze",
 ]

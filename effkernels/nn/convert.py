@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
+from effkernels.nn.freezing import unfreeze
 from effkernels.nn.fusion import Fused
 from effkernels.nn.parts import Unfusable
 
@@ -98,6 +99,7 @@ def revert(model: Model) -> Model:
         TypeError: `model` is not an `nn.Module`.
     """
     _check("revert", model)
+    unfreeze(model)
     for module in model.modules():
         for original, converted in _conversions(type(module)).items():
             if type(module) is converted:

@@ -1,5 +1,6 @@
 """The computation of a block from its parts, on the kernels: what our modules and converted ones run."""
 
+import copy
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, squeeze_excite
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
+from effkernels.ops.mbconv_inference import Convolution, Gate, PackedBlock, mbconv_inference
 
 
 class Fused(nn.Module):
@@ -31,6 +33,9 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        frozen: Frozen | None = self.__dict__.get("_frozen")
+        if frozen is not None:
+            return frozen(self, x)
         if not isinstance(x, Tensor) or x.dim() != 4:  # a tracer's proxy, an image with no batch dimension
             return self.unfused(x)
         found: Any = None
@@ -45,6 +50,38 @@ class Fused(nn.Module):
         if backends.choose(type(self).__qualname__, x, obstacle) == "eager":
             return self.unfused(x)
         return self.fused(found, x)
+
+
+class Frozen:
+    """A block whose weights were packed by `effkernels.freeze`. A deep copy stays frozen, a pickled one does not."""
+
+    def __init__(self, packed: PackedBlock, adds_x: bool, tensors: list[Tensor]) -> None:
+        self._packed = packed
+        self._adds_x = adds_x
+        self._tensors = tensors
+        self._versions = [t._version for t in tensors]
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._check(module, x)
+            backends.choose(f"{type(module).__qualname__}, frozen", x)
+        return self._packed(x, self._adds_x)
+
+    def _check(self, module: nn.Module, x: Tensor) -> None:
+        if module.training or [t._version for t in self._tensors] != self._versions:
+            what = "is in training mode" if module.training else "has other weights than when it was frozen"
+            raise RuntimeError(f"a frozen {type(module).__qualname__} {what}; call effkernels.unfreeze first")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a frozen block has no gradient; call effkernels.unfreeze first")
+        if not backends.takes("cpp", x):
+            reason = backends.why_not("cpp", x) or "use_backend asked for another"
+            raise RuntimeError(f"a frozen block runs on backend 'cpp' only: {reason}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
+        return Frozen(self._packed, self._adds_x, copy.deepcopy(self._tensors, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class FusedBlock(Fused):
@@ -63,6 +100,8 @@ def run_block(block: Block, x: Tensor) -> Tensor:
         torch.is_grad_enabled() and (x.requires_grad or parts.requires_grad(block.layers(), block.se))
     )
     expand, depthwise, se, project = block[:4]
+    if inference and depthwise is not None and project is not None and backends.takes("cpp", x):
+        return _run_whole(block, x)
     y, pooled = x, None
     if inference and expand is not None and depthwise is not None:
         y, pooled = _expand_depthwise(expand, depthwise, y, pool=se is not None)
@@ -80,6 +119,41 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     if block.shortcut is not None:
         y = block.shortcut(block.drop_path(y), x)
     return y
+
+
+def _run_whole(block: Block, x: Tensor) -> Tensor:
+    """A block with a depthwise convolution and a projection, in one op."""
+    residual = adds_x(block)
+    y: Tensor = mbconv_inference(x, **block_arguments(block), residual=residual)
+    return y if block.shortcut is None or residual else block.shortcut(block.drop_path(y), x)
+
+
+def adds_x(block: Block) -> bool:
+    """Whether the shortcut is a plain sum in the dtype of x."""
+    return block.shortcut is not None and parts.passes(block.drop_path) and not torch.is_autocast_enabled("cpu")
+
+
+def block_arguments(block: Block) -> dict[str, Any]:
+    """What `mbconv_inference` takes, but x and the shortcut."""
+    expand, depthwise, se, project = block[:4]
+    assert depthwise is not None and project is not None
+    return {
+        "expand": None if expand is None else _convolution(expand),
+        "depthwise": _convolution(depthwise),
+        "gate": None
+        if se is None
+        else Gate(se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias, se.activation, se.gate),
+        "project": _convolution(project),
+        "stride": depthwise.conv.stride[0],
+        "padding": parts.padding(depthwise.conv),
+    }
+
+
+def _convolution(layer: Layer) -> Convolution:
+    norm = _fixed_norm(layer)
+    if layer.conv.bias is not None:
+        norm = norm._replace(running_mean=norm.running_mean - layer.conv.bias)
+    return Convolution(layer.conv.weight, norm)
 
 
 def run_conv(layer: Layer, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from effkernels.nn.layers import Conv2dSame
+from effkernels.nn.layers import Conv2dSame, DropPath
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
 
 # Adapters add what their libraries have of each kind.
@@ -19,6 +19,7 @@ ACTIVATIONS: dict[type, str] = {
     nn.Hardswish: "hardswish",
     nn.Identity: "identity",
 }
+DROP_PATHS: set[type] = {DropPath, nn.Identity}
 GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
 
 
@@ -79,6 +80,14 @@ def own(module: Any, *types: type) -> Any:
     if "forward" in module.__dict__:
         raise Unfusable(module, "has a forward method of its own")
     return module
+
+
+def passes(drop_path: nn.Module) -> bool:
+    """Whether `drop_path` gives out what it is given: in inference, if it is one that we know."""
+    try:
+        return not own(drop_path, *DROP_PATHS).training
+    except Unfusable:
+        return False
 
 
 def activation(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Dispatcher ops: one schema, one fake kernel and one autograd formula, an overload per backend."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,12 @@ _library = torch.library.Library("effkernels", "DEF")
 
 # Of each fusion's overload, the Python function that calls its phases.
 COMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+# Of an overload that keeps maps of its own: what it reads and writes beside each argument and each result once.
+UNSEEN_BYTES: dict[torch._ops.OpOverload, Callable[..., int]] = {}
 
 
 class Op:
-    """`effkernels::<name>.<backend>` for each kernel backend.
+    """`effkernels::<name>.<backend>` for each of `backends`, by default every kernel backend.
 
     Every backend is an overload with the same schema, so that a traced graph says which kernel it runs. C++ registers
     its overloads when its library is loaded; Python ones are given to `implement`. Ops are functional. `backward` is
@@ -32,12 +34,14 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        backends: Sequence[str] = KERNEL_BACKENDS,
+        unseen_bytes: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.fake = fake
         self._functions: dict[str, Any] = {}
         self.overloads: dict[str, torch._ops.OpOverload] = {}
-        for backend in KERNEL_BACKENDS:
+        for backend in backends:
             qualified = f"effkernels::{name}.{backend}"
             _library.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, fake, lib=_library)
@@ -45,6 +49,8 @@ class Op:
             formula = once_differentiable(partial(backward, backend)) if backward else _no_gradient(name)
             torch.library.register_autograd(overload, formula, setup_context=setup_context, lib=_library)
             self.overloads[backend] = overload
+            if unseen_bytes:
+                UNSEEN_BYTES[overload] = unseen_bytes
             if backward:
                 members = {"forward": overload, "setup_context": setup_context, "backward": formula}
                 self._functions[backend] = type(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effkernels.ops._op import COMPOSITIONS
+from effkernels.ops._op import COMPOSITIONS, UNSEEN_BYTES
 from effkernels.profiling._hooks import around_blocks
 
 
@@ -34,6 +34,8 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not (func.is_view or "empty" in func.__name__):
             self.bytes += _size((args, kwargs)) + _size(result)
+            if func in UNSEEN_BYTES:
+                self.bytes += UNSEEN_BYTES[func](*args, **kwargs)
         return result
 
 

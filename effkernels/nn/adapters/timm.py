@@ -6,6 +6,7 @@ from typing import Any
 
 from timm.layers import activations
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models import _efficientnet_blocks as blocks
 from torch import nn
@@ -15,6 +16,7 @@ from effkernels.nn.fusion import FusedBlock, FusedSE
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 
 parts.SAME_PADDED.add(Conv2dSame)
+parts.DROP_PATHS.add(DropPath)
 parts.ACTIVATIONS |= {activations.Swish: "silu", activations.HardSwish: "hardswish"}
 parts.GATES |= {activations.Sigmoid: "sigmoid", activations.HardSigmoid: "hardsigmoid"}
 

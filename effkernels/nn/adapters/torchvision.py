@@ -4,11 +4,13 @@ import operator
 
 from torch import nn
 from torchvision.models import efficientnet
-from torchvision.ops import misc
+from torchvision.ops import StochasticDepth, misc
 
 from effkernels.nn import parts
 from effkernels.nn.fusion import FusedBlock, FusedSE
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
+
+parts.DROP_PATHS.add(StochasticDepth)
 
 
 class SqueezeExcitation(FusedSE, misc.SqueezeExcitation):
