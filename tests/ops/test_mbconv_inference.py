@@ -114,7 +114,18 @@ def test_every_instruction_set():
         pytest.skip("this is the inner run")
     isas = _native.introspection.available_cpu_isas()
     for isa in isas[: isas.index(_native.introspection.cpu_isa())]:
-        inner = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "against_eager and not sliced"]
+        inner = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "against_eager and not sliced",
+        ]
         result = subprocess.run(
             inner, env={**os.environ, "EFFKERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=False
         )
