@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,12 +34,29 @@ from triton.runtime.jit import JITFunction
 from effkernels import _build, backends
 from effkernels.models import create_model
 from effkernels.models.configs import CONFIGS
+from effkernels.nn import MBConv
 from effkernels.profiling.machine_code import CHIPS, kernels, occupancy
 
 TABLE = _build.PACKAGE.parent / "docs" / "compiled_kernels.csv"
 SUMMARY = TABLE.with_suffix(".md")
-NETWORKS = ("efficientnet_b0",)
 BATCH = 8
+
+
+def _b0() -> tuple[nn.Module, tuple[int, ...]]:
+    size = CONFIGS["efficientnet_b0"].resolution
+    return create_model("efficientnet_b0"), (BATCH, 3, size, size)
+
+
+def _blocks_with_wide_windows() -> tuple[nn.Module, tuple[int, ...]]:
+    blocks = [MBConv(32, 32, kernel_size=7, stride=stride, expand_ratio=6, se_ratio=0.25) for stride in (1, 2)]
+    return nn.Sequential(*blocks), (BATCH, 32, 56, 56)
+
+
+# A network and the shape of its input.
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "EfficientNet-B0": _b0,
+    "blocks with 7x7 windows": _blocks_with_wide_windows,
+}
 
 
 class Row(NamedTuple):
@@ -160,14 +178,14 @@ def triton_launches() -> dict[tuple[str, str], dict[str, Any]]:
         return True  # neither compile nor launch
 
     runs = itertools.product(
-        NETWORKS, backends.DTYPES["triton"], (torch.contiguous_format, torch.channels_last), (False, True)
+        NETWORKS.values(), backends.DTYPES["triton"], (torch.contiguous_format, torch.channels_last), (False, True)
     )
     with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record), _triton_on_meta():
-        for name, dtype, layout, training in runs:
-            size = CONFIGS[name].resolution
+        for network, dtype, layout, training in runs:
             with torch.device("meta"), torch.set_grad_enabled(training):
-                model = create_model(name).to(dtype).to(memory_format=layout).train(training)
-                y = model(torch.empty(BATCH, 3, size, size, dtype=dtype).to(memory_format=layout))
+                model, shape = network()
+                model.to(dtype).to(memory_format=layout).train(training)
+                y = model(torch.empty(shape, dtype=dtype).to(memory_format=layout))
             if training:
                 y.sum().backward()
     return launches

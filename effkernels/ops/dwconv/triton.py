@@ -91,11 +91,11 @@ def tile(x: Tensor, k: int, stride: int, out_w: int) -> dict[str, int]:
     """Columns and channels of a program, and its warps, such that no instance spills registers."""
     axis = pixel_axis(x)
     if axis == 0:
-        # A thread holds 8 outputs of each row that is open, or 4.
+        # A thread holds 8 outputs of each row that is open, or 4, or 2, beside its weights.
         size = 1024 if k == 3 and stride == 1 else 512
         block_w = block(out_w, size // 32, 8)
         block_c = block(x.shape[1], min(size // block_w, 64), 16)
-        warps = 4
+        warps = 8 if k == 7 and stride == 2 else 4
     else:
         # Whole rows where they fit; one warp, so that its lanes run along a row and share channels.
         block_w = block(out_w, 128, 16)
