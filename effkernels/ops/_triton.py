@@ -4,6 +4,8 @@ A tile is [pixels, channels] where channels are contiguous in memory and [channe
 neighbouring lanes load neighbouring values. `PIXEL_AXIS` says which; everything else is written once, by broadcasting.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -75,13 +77,41 @@ def clamp6(z):
 
 
 @triton.jit
+def activate_with_slope(z, code: tl.constexpr):
+    """act(z) and act'(z)."""
+    if code == SILU:
+        sigmoid = 1 / (1 + tl.exp(-z))
+        y = z * sigmoid
+        slope = sigmoid * (1 + z * (1 - sigmoid))
+    else:
+        y = activate(z, code)
+        slope = tl.full(z.shape, 1.0, tl.float32)
+        if code == RELU:
+            slope = tl.where(z <= 0, 0.0, slope)
+        elif code == RELU6:
+            slope = tl.where((z <= 0) | (z >= 6), 0.0, slope)
+        elif code == HARDSWISH:
+            slope = tl.where(z <= -3, 0.0, tl.where(z < 3, z * (1 / 3) + 0.5, slope))
+        elif code == SIGMOID:
+            slope = y * (1 - y)
+        elif code == HARDSIGMOID:
+            slope = tl.where((z > -3) & (z < 3), 1 / 6, 0.0)
+    return y, slope
+
+
+@triton.jit
+def load_inverse_deviation(var_ptr, eps, offs_c, mask):
+    return 1 / tl.sqrt(tl.load(var_ptr + offs_c, mask, 1.0).to(tl.float32) + eps)
+
+
+@triton.jit
 def load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask):
     """BatchNorm's mean, scale and shift of each channel; nothing where there is no mean."""
     if mean_ptr is None:
         norm = ()
     else:
         mean = tl.load(mean_ptr + offs_c, mask, 0.0).to(tl.float32)
-        scale = 1 / tl.sqrt(tl.load(var_ptr + offs_c, mask, 1.0).to(tl.float32) + eps)
+        scale = load_inverse_deviation(var_ptr, eps, offs_c, mask)
         shift = tl.zeros_like(mean)
         if gamma_ptr is not None:
             scale *= tl.load(gamma_ptr + offs_c, mask, 0.0).to(tl.float32)
@@ -92,11 +122,64 @@ def load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask):
 
 
 @triton.jit
-def norm_act(z, norm, code: tl.constexpr):
+def centre(x, norm):
+    # The mean goes first: folded into the shift, it would cancel where it is large beside the deviation.
     if len(norm) > 0:
-        # The mean goes first: folded into the shift, it would cancel where it is large beside the deviation.
-        z = (z - norm[0]) * norm[1] + norm[2]
-    return activate(z, code)
+        x = x - norm[0]
+    return x
+
+
+@triton.jit
+def affine(centred, norm):
+    if len(norm) > 0:
+        centred = centred * norm[1] + norm[2]
+    return centred
+
+
+@triton.jit
+def norm_act(x, norm, code: tl.constexpr):
+    return activate(affine(centre(x, norm), norm), code)
+
+
+@triton.jit
+def load_drift(means_ptr, var_ptr, eps, channels, offs_c, mask):
+    """What batch statistics take from a gradient: its mean, and its mean product with xhat over the deviation.
+
+    `means_ptr` is [2, C]; nothing where there is none and the statistics are fixed.
+    """
+    if means_ptr is None:
+        drift = ()
+    else:
+        along = tl.load(means_ptr + channels + offs_c, mask, 0.0) * load_inverse_deviation(var_ptr, eps, offs_c, mask)
+        drift = (tl.load(means_ptr + offs_c, mask, 0.0), along)
+    return drift
+
+
+@triton.jit
+def norm_backward(grad, centred, norm, drift):
+    """The gradient of x from that of bn(x)."""
+    if len(drift) > 0:
+        grad = grad - drift[0] - centred * drift[1]
+    return grad * norm[1]
+
+
+@triton.jit
+def load_per_image(ptr, n, channels, offs_c, mask):
+    """The values of image `n` in [N, C]; nothing where there are none."""
+    if ptr is None:
+        values = ()
+    else:
+        values = (tl.load(ptr + n * channels + offs_c, mask, 0.0),)
+    return values
+
+
+@triton.jit
+def scale_shift(x, scale, shift):
+    if len(scale) > 0:
+        x = x * scale[0]
+    if len(shift) > 0:
+        x = x + shift[0]
+    return x
 
 
 @triton.jit
@@ -180,11 +263,43 @@ def merge_statistics_kernel(parts_ptr, stats_ptr, parts, channels, BLOCK_P: tl.c
     tl.store(stats_ptr + channels + offs_c, m2 / count, mask_c)
 
 
+@triton.jit
+def sums_start(like, COUNT: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros_like(like),)
+    return sums
+
+
+@triton.jit
+def sums_add(sums, values, mask):
+    added = ()
+    for i in tl.static_range(len(sums)):
+        added = added + (sums[i] + tl.where(mask, values[i], 0.0),)
+    return added
+
+
+@triton.jit
+def sums_store(sums, parts_ptr, part, parts, channels, offs_c, mask, AXIS: tl.constexpr):
+    """Add up the lanes along `AXIS`, and store this program's part in [sums, parts, C]."""
+    for i in tl.static_range(len(sums)):
+        ptrs = parts_ptr + (tl.cast(parts, tl.int64) * i + part) * channels + offs_c
+        tl.store(ptrs, tl.sum(sums[i], AXIS, keep_dims=True), mask)
+
+
 def empty_parts(x: Tensor, parts: int, reduce: int) -> Tensor:
     """Room for the parts: none, mean [parts, 1, C], or count, pivot, mean - pivot, squared deviations [parts, 4, C]."""
     if reduce == Reduce.NONE:
         return x.new_empty(0, dtype=torch.float32)
     return x.new_empty((parts, 4 if reduce == Reduce.STATISTICS else 1, x.shape[1]), dtype=torch.float32)
+
+
+def sums_per_image(parts: Tensor, batch: int) -> Tensor:
+    """The sums of the images, [sums, N, C], of parts [sums, parts, C], those of an image in a row."""
+    sums, count, channels = parts.shape
+    if count == batch:
+        return parts
+    return parts.view(sums, batch, count // batch, channels).sum(2)
 
 
 def finish(parts: Tensor, batch: int, reduce: int) -> Tensor:
@@ -193,33 +308,37 @@ def finish(parts: Tensor, batch: int, reduce: int) -> Tensor:
         return parts
     count, _, channels = parts.shape
     if reduce == Reduce.MEAN:
-        if count == batch:
-            return parts.view(batch, channels)
-        return parts.view(batch, count // batch, channels).sum(1)
+        return sums_per_image(parts.view(1, count, channels), batch).view(batch, channels)
     stats = parts.new_empty((2, channels))
     merge_statistics_kernel[(triton.cdiv(channels, 16),)](parts, stats, count, channels, BLOCK_P=64, BLOCK_C=16)
     return stats
 
 
 @triton.jit
+def span_start(part, height, spans, steps):
+    """Image, row and first tile of a program, by `Spans`."""
+    return (part // spans // height).to(tl.int64), (part // spans % height).to(tl.int64), part % spans * steps
+
+
+@triton.jit
 def stream_kernel(
-    x_ptr, y_ptr, parts_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gate_ptr,
+    x_ptr, y_ptr, parts_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gate_ptr, residual_ptr,
     channels, height, width, spans, steps, share,
-    x_stride_n, x_stride_c, x_stride_h, x_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w, gate_stride_n,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+    residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w,
     ACT: tl.constexpr, REDUCE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr,
 ):  # fmt: skip
     offs_c, part = channel_block(channels, 8, BLOCK_C, PIXEL_AXIS)
     mask_c = offs_c < channels
-    first = part % spans * steps
-    row = (part // spans % height).to(tl.int64)
-    n = (part // spans // height).to(tl.int64)
+    n, row, first = span_start(part, height, spans, steps)
     norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask_c)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + n * gate_stride_n + offs_c, mask_c, 0.0)
+    gate = load_per_image(gate_ptr, n, channels, offs_c, mask_c)
     x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c + row * x_stride_h
     if y_ptr is not None:
         y_ptrs = y_ptr + n * y_stride_n + offs_c * y_stride_c + row * y_stride_h
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + n * residual_stride_n + offs_c * residual_stride_c + row * residual_stride_h
     pixels = tl.expand_dims(tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
     zeros = tl.zeros((BLOCK_P, BLOCK_C) if PIXEL_AXIS == 0 else (BLOCK_C, BLOCK_P), tl.float32)
     state = reduce_start(zeros, pixels, REDUCE)
@@ -227,8 +346,9 @@ def stream_kernel(
         offs_p = tl.cast(step, tl.int64) * BLOCK_P + pixels
         mask = (offs_p < width) & mask_c
         y = norm_act(tl.load(x_ptrs + offs_p * x_stride_w, mask, 0.0).to(tl.float32), norm, ACT)
-        if gate_ptr is not None:
-            y *= gate
+        y = scale_shift(y, gate, ())
+        if residual_ptr is not None:
+            y += tl.load(residual_ptrs + offs_p * residual_stride_w, mask, 0.0).to(tl.float32)
         y = y.to(x_ptr.dtype.element_ty)
         if y_ptr is not None:
             tl.store(y_ptrs + offs_p * y_stride_w, y, mask)
@@ -236,36 +356,65 @@ def stream_kernel(
     reduce_store(state, parts_ptr, part, channels, offs_c, mask_c, share, PIXEL_AXIS, REDUCE)
 
 
+class Spans(NamedTuple):
+    """How programs share the passes over maps: each takes `steps` tiles of a row of `width` pixels."""
+
+    height: int
+    width: int
+    spans: int  # of a row
+    steps: int
+    parts: int  # programs of a channel
+    programs: int
+    tile: dict[str, int]
+
+    @classmethod
+    def of(cls, x: Tensor, *others: Tensor | None, reduces: bool) -> "Spans":
+        batch, channels, height, width = x.shape
+        if all(t is None or is_one_row(t) for t in (x, *others)):
+            height, width = 1, height * width
+        axis = pixel_axis(x)
+        if axis == 0:
+            block_c = block(channels, 64, 16)
+            block_p = min(1024 // block_c, triton.next_power_of_2(width))
+        else:
+            block_p = block(width, 1024, 64)
+            block_c = min(1024 // block_p, triton.next_power_of_2(channels))
+        tiles, blocks_c = triton.cdiv(width, block_p), triton.cdiv(channels, block_c)
+        steps = 1
+        if reduces:
+            steps = min(tiles, triton.cdiv(4 * batch * height * blocks_c * tiles, WARPS))
+        spans = triton.cdiv(tiles, max(steps, 1))
+        parts = batch * height * spans
+        tile = dict(BLOCK_P=block_p, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=4)
+        return cls(height, width, spans, steps, parts, parts * blocks_c, tile)
+
+
+def is_one_row(x: Tensor) -> bool:
+    """Without gaps between its rows, a map is one long row."""
+    return x.stride(2) == x.shape[3] * x.stride(3)
+
+
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if x is None else x.stride()
+
+
 def stream(
     x: Tensor,
     y: Tensor | None,
     mean: Tensor | None = None, var: Tensor | None = None, gamma: Tensor | None = None, beta: Tensor | None = None,
-    eps: float = 0.0, act: int = 0, gate: Tensor | None = None, reduce: int = Reduce.NONE,
+    eps: float = 0.0, act: int = 0, gate: Tensor | None = None, residual: Tensor | None = None,
+    reduce: int = Reduce.NONE,
 ) -> Tensor:  # fmt: skip
-    """One pass over x, for y = gate * act(bn(x)), of which any may be missing; returns `reduce` of y as stored."""
+    """One pass over x, for y = gate * act(bn(x)) + residual, of which any may be missing; returns `reduce` of y as
+    stored."""
     batch, channels, height, width = x.shape
-    area = height * width
-    y_strides = (0, 0, 0, 0) if y is None else y.stride()
-    if all(t is None or t.stride(2) == width * t.stride(3) for t in (x, y)):
-        height, width = 1, area  # without gaps between the rows, a map is one long row
-    axis = pixel_axis(x)
-    if axis == 0:
-        block_c = block(channels, 64, 16)
-        block_p = min(1024 // block_c, triton.next_power_of_2(width))
-    else:
-        block_p = block(width, 1024, 64)
-        block_c = min(1024 // block_p, triton.next_power_of_2(channels))
-    tiles, blocks_c = triton.cdiv(width, block_p), triton.cdiv(channels, block_c)
-    steps = 1
-    if reduce != Reduce.NONE:
-        steps = min(tiles, triton.cdiv(4 * batch * height * blocks_c * tiles, WARPS))
-    spans = triton.cdiv(tiles, max(steps, 1))
-    parts = empty_parts(x, batch * height * spans, reduce)
+    share = Spans.of(x, y, residual, reduces=reduce != Reduce.NONE)
+    parts = empty_parts(x, share.parts, reduce)
     if batch:
-        stream_kernel[(batch * height * spans * blocks_c,)](
-            x, y, parts, *dense(mean, var, gamma, beta), eps, gate,
-            channels, height, width, spans, steps, 1 / area,
-            *x.stride(), *y_strides, 0 if gate is None else gate.stride(0),
-            ACT=act, REDUCE=reduce, BLOCK_P=block_p, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=4,
+        stream_kernel[(share.programs,)](
+            x, y, parts, *dense(mean, var, gamma, beta), eps, *dense(gate), residual,
+            channels, share.height, share.width, share.spans, share.steps, 1 / (height * width),
+            *x.stride(), *strides(y), *strides(residual),
+            ACT=act, REDUCE=reduce, **share.tile,
         )  # fmt: skip
     return finish(parts, batch, reduce)

@@ -15,6 +15,21 @@ def _rounded(data, source, target, rounding_mode):
     return np.where(np.isnan(data), 0x7FC0, nearest).astype(np.uint16)
 
 
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot(builder, a, b, *args):
+    """Of bfloat16 too, which Triton's interpreter multiplies as integers."""
+    return _create_dot(builder, _widened(a), _widened(b), *args)
+
+
+def _widened(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
 @pytest.fixture(autouse=True)
-def bfloat16_rounding(monkeypatch):
+def bfloat16(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", _rounded)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)

@@ -81,6 +81,7 @@ BN_POOL = Op(
     "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act, bool slopes) -> Tensor",
     fake=_bn_pool_fake,
 )
+BN_POOL.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
 def _bn_residual_fake(
@@ -97,6 +98,7 @@ BN_RESIDUAL = Op(
     " -> Tensor",
     fake=_bn_residual_fake,
 )
+BN_RESIDUAL.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
 def _bn_backward_sums_fake(
@@ -114,6 +116,7 @@ BN_BACKWARD_SUMS = Op(
     " Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act) -> Tensor",
     fake=_bn_backward_sums_fake,
 )
+BN_BACKWARD_SUMS.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
 def _bn_act(

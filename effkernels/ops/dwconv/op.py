@@ -76,6 +76,7 @@ DWCONV_BACKWARD = Op(
     " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
     fake=_dwconv_backward_fake,
 )
+DWCONV_BACKWARD.implement_in_triton("effkernels.ops.dwconv.triton")
 
 
 def _dwconv_bn_act(

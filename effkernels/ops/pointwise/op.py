@@ -27,6 +27,7 @@ POINTWISE = Op(
     " Tensor? gate, Tensor? bias, Tensor? residual, int reduce) -> (Tensor y, Tensor sums)",
     fake=_pointwise_fake,
 )
+POINTWISE.implement_in_triton("effkernels.ops.pointwise.triton")
 
 
 def _pointwise_backward_fake(
@@ -62,3 +63,4 @@ POINTWISE_BACKWARD = Op(
     " -> (Tensor grad_gated, Tensor sums, Tensor grad_weight)",
     fake=_pointwise_backward_fake,
 )
+POINTWISE_BACKWARD.implement_in_triton("effkernels.ops.pointwise.triton")

@@ -15,7 +15,7 @@ def spatial_mean(x: Tensor) -> Tensor:
 
 def channel_scale(x: Tensor, gate: Tensor) -> Tensor:
     y = empty_map(x, x.shape)
-    stream(x, y, gate=gate.contiguous())
+    stream(x, y, gate=gate)
     return y
 
 
