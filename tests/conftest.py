@@ -6,10 +6,19 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
 
-# Triton chooses between interpreter and compiler when it is imported, so these tests have a process of their own,
-# which tests/ops/test_triton_interpreter.py starts.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interp"]
+# Of the cases that hypothesis draws: the same ones every time, and as long as each takes.
+settings.register_profile("effkernels", derandomize=True, deadline=None)
+settings.load_profile("effkernels")
+
+# Triton chooses between interpreter and compiler when it is imported, so its tests have a process of their own, as have
+# those under the sanitisers: tests/ops/test_triton_interpreter.py and test_cuda_on_cpu.py start them.
+collect_ignore = [
+    folder
+    for folder, variable in (("interp", "TRITON_INTERPRET"), ("cuda_on_cpu", "EFFKERNELS_CUDA_ON_CPU"))
+    if not os.environ.get(variable)
+]
 
 M_PERTURB = -6  # of glibc's <malloc.h>
 

@@ -129,6 +129,12 @@ __device__ __forceinline__ int small_quotient(int n, int d) {
   return static_cast<int>((n + 0.5f) * __frcp_rn(static_cast<float>(d)));
 }
 
+// The dynamic shared memory of the block.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  return dynamic_shared;
+}
+
 // The block sets `bytes` of shared memory, a multiple of 16, to zero.
 __device__ __forceinline__ void clear_shared(void* memory, int bytes) {
   for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) static_cast<uint4*>(memory)[i] = uint4{0, 0, 0, 0};

@@ -21,8 +21,10 @@ auto with_type(Dtype dtype, F f) {
 
 template <class Instance, class Params>
 void launch(const Launch<Instance, Params>& plan, void (*kernel)(Params), cudaStream_t stream) {
-  kernel<<<plan.grid, plan.block, plan.shared_bytes, stream>>>(plan.params);
-  const cudaError_t error = cudaGetLastError();
+  Params params = plan.params;
+  void* arguments[] = {&params};
+  // Not <<<>>>: tests compile this with an ordinary compiler too.
+  const cudaError_t error = cudaLaunchKernel(kernel, plan.grid, plan.block, arguments, plan.shared_bytes, stream);
   if (error != cudaSuccess)
     throw std::runtime_error("launching " + kernel_name(plan.instance) + ": " + cudaGetErrorString(error));
 }

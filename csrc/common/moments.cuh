@@ -1,6 +1,7 @@
 // Moments in registers and across a block.
 #pragma once
 
+#include "common/cuda_vec.cuh"
 #include "common/moments.h"
 
 namespace effk {
@@ -84,7 +85,7 @@ __device__ __forceinline__ void store_moments(const Reduction& reduction, const 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) merge_moments(const MergeParams p) {
   constexpr int kMembers = kThreads / kMergeColumns;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  unsigned char* shared_bytes = shared_memory();
   const int blocks = (p.c + kMergeColumns - 1) / kMergeColumns;
   const int64_t group = blockIdx.x / blocks;
   const int column = threadIdx.x % kMergeColumns, member = threadIdx.x / kMergeColumns;

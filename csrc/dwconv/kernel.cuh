@@ -87,7 +87,7 @@ template <class T, int K, int S>
 __global__ void __launch_bounds__(kMaxThreads, K < 7 ? 2 : 1) channels_last(const Params p) {
   constexpr int V = lanes(K), kLoad = kVector<T>;
   static_assert(kLoad % V == 0, "a thread stages whole lanes");
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   T* tile = reinterpret_cast<T*>(shared);
   float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
   const int tid = threadIdx.x, threads = blockDim.x;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void stage_nchw(const Params& p, const PlaneInfo* pla
 
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kMaxThreads, K < 7 ? 2 : 1) nchw(const Params p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   PlaneInfo* planes = reinterpret_cast<PlaneInfo*>(shared);
   float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
   float* tile = reinterpret_cast<float*>(shared + p.tile_offset);

@@ -59,7 +59,7 @@ __device__ __forceinline__ int item_count(const Params& p, int part, int member)
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 2) channels_last(const Params p) {
   constexpr int V = kVector<T>;
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   const int groups = (p.c + p.group - 1) / p.group, lanes = p.group / V;
   const int part = blockIdx.x / groups % p.parts;
   const int64_t n = blockIdx.x / groups / p.parts;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) channels_last(const Params p) 
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 2) nchw(const Params p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   PlaneInfo* planes = reinterpret_cast<PlaneInfo*>(shared);
   const int part = blockIdx.x % p.parts;
   const int plane0 = blockIdx.x / p.parts * p.group, count = min(p.group, p.n * p.c - plane0);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void apply(const Layer& layer, const float* x, int fi
 
 template <class W>
 __global__ void __launch_bounds__(kThreads, 2) gate(const GateParams p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = shared_memory();
   float* hidden = reinterpret_cast<float*>(shared);  // [R]
   const int64_t image = int64_t{blockIdx.x / p.chunks} * p.expand.rows;
   apply<W>(p.reduce, p.pooled + image, 0, p.reduce.rows, [&](int row, float value) { hidden[row] = value; });

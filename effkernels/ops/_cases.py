@@ -52,6 +52,11 @@ class Case(ABC):
     def make(self) -> tuple[Any, ...]:
         """The op's arguments, on the CPU, from torch's random numbers."""
 
+    @classmethod
+    @abstractmethod
+    def drawn(cls, numbers: random.Random) -> "Case":
+        """Any small case."""
+
     @abstractmethod
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         """The outputs beside the right ones for `arguments`."""
@@ -176,7 +181,9 @@ def assert_close_to_reference(got: Tensor, eager_same_dtype: Tensor, reference64
     rounded = reference64.to(got.dtype)
     finite = rounded.isfinite()
     torch.testing.assert_close(got[~finite], rounded[~finite], rtol=0, atol=0, equal_nan=True)
-    error, allowed = (_relative_error(t[finite], reference64[finite]) for t in (got, eager_same_dtype))
+    # oneDNN's half-precision convolution of one narrow channel makes NaN of memory that it did not write.
+    eager = torch.where(eager_same_dtype.isfinite(), eager_same_dtype.double(), reference64)
+    error, allowed = (_relative_error(t[finite], reference64[finite]) for t in (got, eager))
     floor = FLOOR_ULPS_FLOAT64 if got.dtype == torch.float64 else FLOOR_ULPS
     allowed = 2 * allowed + floor * torch.finfo(got.dtype).eps
     if not error <= allowed:
@@ -290,8 +297,16 @@ class Norm(NamedTuple):
 def maps(numbers: random.Random) -> Iterator[dict[str, Any]]:
     """shape, layout and dtype for every kind of map, the batch and dtype drawn."""
     for channels, size, layout in itertools.product(CHANNELS, SIZES, LAYOUTS):
-        yield dict(
-            shape=(numbers.choice((1, 2, 3)), channels, *size),
-            layout=layout,
-            dtype=numbers.choice((*DTYPES, torch.float64)),
-        )
+        shape = (numbers.choice((1, 2, 3)), channels, *size)
+        yield dict(shape=shape, layout=layout, dtype=numbers.choice((*DTYPES, torch.float64)))
+
+
+def drawn_map(numbers: random.Random) -> dict[str, Any]:
+    shape = tuple(numbers.randint(low, high) for low, high in ((0, 3), (1, 40), (1, 20), (1, 20)))
+    layout = f"{numbers.choice(('', *CUTS))} {numbers.choice(('nchw', 'channels_last'))}".strip()
+    return dict(shape=shape, layout=layout, dtype=numbers.choice((*DTYPES, torch.float64)))
+
+
+def drawn_norm(numbers: random.Random) -> Norm:
+    statistics = numbers.choice((True, False))
+    return Norm(numbers.choice(list(Activation)), statistics, numbers.choice((True, False)) or not statistics)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from strategies import drawn_cases
 
 from effkernels import _native
 from effkernels.ops._activation import Activation
@@ -18,6 +20,12 @@ pytestmark = pytest.mark.skipif(_native.MISSING["cpp"] is not None, reason=f"cpp
 
 @pytest.mark.parametrize("case", cases_for("cpp"), ids=str)
 def test_case(case):
+    case.check("cpp")
+
+
+@settings(max_examples=300)
+@given(drawn_cases("cpp"))
+def test_drawn_case(case):
     case.check("cpp")
 
 

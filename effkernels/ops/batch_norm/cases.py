@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from effkernels.ops._activation import Activation
-from effkernels.ops._cases import CUTS, DTYPES, Case, Comparison, Norm, as_float64, feature_map, huge, maps
+from effkernels.ops._cases import CUTS, DTYPES, Case, Comparison, Norm, as_float64, drawn_map, feature_map, huge, maps
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm import reference
 from effkernels.ops.batch_norm.op import BN_APPLY, BN_STATISTICS, Reduce, statistics_dtype
 
 SILU = Norm(Activation.SILU)
+REDUCTIONS = (Reduce.NONE, Reduce.MEAN)
 
 
 def compare_sums(sums: Tensor, y: Tensor, reduce: int) -> Iterator[Comparison]:
@@ -39,6 +40,10 @@ class BnStatistics(Case):
 
     def make(self) -> tuple[Any, ...]:
         return (feature_map(self.shape, self.dtype, self.layout, self.values),)
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "BnStatistics":
+        return cls(**drawn_map(numbers))
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         return compare_sums(outputs[0], arguments[0], Reduce.STATISTICS)
@@ -65,6 +70,11 @@ class BnApply(Case):
         if self.strided_vectors:
             mean, var, gamma, beta = torch.stack([mean, var, gamma, beta], 1).unbind(1)
         return x, mean, var, gamma, beta, eps, act, self.reduce
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "BnApply":
+        norm = Norm(numbers.choice(list(Activation)), affine=numbers.choice((True, False)))
+        return cls(norm=norm, reduce=numbers.choice(REDUCTIONS), **drawn_map(numbers))
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         y, sums = outputs
@@ -107,7 +117,6 @@ LARGE_MAPS = [
 
 def _cases() -> Iterator[Case]:
     numbers = random.Random(0)
-    reductions = (Reduce.NONE, Reduce.MEAN)
     for m in CORE_MAPS:
         yield BnStatistics(tag="core", **m)
         yield BnApply(tag="core", reduce=Reduce.MEAN, **m)
@@ -132,7 +141,7 @@ def _cases() -> Iterator[Case]:
             yield BnApply(shape=(2, 16, 5, 8), layout=layout, dtype=dtype, values="limits", norm=Norm(act))
     for m in (*maps(numbers), *CUT_MAPS, *LARGE_MAPS):
         yield BnStatistics(**m)
-        yield BnApply(norm=Norm(numbers.choice(list(Activation))), reduce=numbers.choice(reductions), **m)
+        yield BnApply(norm=Norm(numbers.choice(list(Activation))), reduce=numbers.choice(REDUCTIONS), **m)
 
 
 CASES = list(_cases())

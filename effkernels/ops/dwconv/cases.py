@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from effkernels.ops._activation import Activation
-from effkernels.ops._cases import CUTS, DTYPES, Case, Comparison, Norm, as_float64, feature_map, huge, maps
+from effkernels.ops._cases import (
+    CUTS,
+    DTYPES,
+    Case,
+    Comparison,
+    Norm,
+    as_float64,
+    drawn_map,
+    drawn_norm,
+    feature_map,
+    huge,
+    maps,
+)
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.cases import compare_sums
@@ -51,11 +63,23 @@ class Dwconv(Case):
         norms = self.prologue.make(channels, self.dtype) + self.epilogue.make(channels, self.dtype)
         return x, weight.to(self.dtype), *norms, self.stride, top, left, out_h, out_w, self.reduce
 
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "Dwconv":
+        of_map, k = drawn_map(numbers), numbers.choice(KERNEL_SIZES)
+        least = max(-(-(k - size) // 2) for size in (*of_map["shape"][2:], k))
+        padding = numbers.choice(("auto", "same", numbers.randint(least, least + 4)))
+        return cls(**of_map, kernel_size=k, stride=numbers.choice(STRIDES), padding=padding, **_around(numbers))
+
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         y, sums = outputs
         *given, reduce = arguments
         yield Comparison("y", y, reference.dwconv(*given), reference.dwconv(*as_float64(given)))
         yield from compare_sums(sums, y, reduce)
+
+
+def _around(numbers: random.Random) -> dict[str, Any]:
+    norms = drawn_norm(numbers), drawn_norm(numbers)
+    return dict(prologue=norms[0], epilogue=norms[1], reduce=numbers.choice(list(Reduce)))
 
 
 f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -124,29 +148,31 @@ def _cases() -> Iterator[Case]:
                 tag="instance", shape=shape, layout=layout, dtype=dtype, kernel_size=k, stride=stride,
                 prologue=prologue, epilogue=SILU, reduce=reduce,
             )  # fmt: skip
-    norms = [NOTHING, *(Norm(act, statistics, affine) for act in Activation for statistics, affine in
-                        ((True, True), (True, False), (False, False)))]  # fmt: skip
-
-    def drawn(k: int, stride: int) -> dict[str, Any]:
-        return dict(
-            kernel_size=k, stride=stride, prologue=numbers.choice(norms), epilogue=numbers.choice(norms),
-            reduce=numbers.choice(list(Reduce)),
-        )  # fmt: skip
-
     for m in maps(numbers):
         for k, stride in numbers.sample(windows, 2):
-            yield Dwconv(**m, **drawn(k, stride), padding=numbers.choice(("auto", "same")))
+            yield Dwconv(
+                **m, kernel_size=k, stride=stride, **_around(numbers), padding=numbers.choice(("auto", "same"))
+            )
     for layout, (k, stride) in itertools.product(("nchw", "channels_last"), windows):
         for padding in (0, 1, 4, "same"):
-            yield Dwconv(shape=(2, 18, 10, 9), layout=layout, padding=padding, **drawn(k, stride))
+            yield Dwconv(
+                shape=(2, 18, 10, 9), layout=layout, padding=padding, kernel_size=k, stride=stride, **_around(numbers)
+            )
     for cut, memory, dtype in itertools.product(CUTS, ("nchw", "channels_last"), (f32, f16)):
         k, stride = numbers.choice(windows)
-        yield Dwconv(shape=(2, 24, 6, 10), layout=f"{cut} {memory}", dtype=dtype, **drawn(k, stride))
+        yield Dwconv(
+            shape=(2, 24, 6, 10),
+            layout=f"{cut} {memory}",
+            dtype=dtype,
+            kernel_size=k,
+            stride=stride,
+            **_around(numbers),
+        )
     for layout, dtype in itertools.product(("nchw", "channels_last"), DTYPES):
         yield Dwconv(shape=(2, 18, 6, 7), layout=layout, dtype=dtype, values="nonfinite", epilogue=RELU)
         yield Dwconv(shape=(2, 18, 6, 7), layout=layout, dtype=dtype, values="denormal")
     for layout, (k, stride) in itertools.product(("nchw", "channels_last"), windows):
-        yield Dwconv(shape=(1, 70, 61, 150), layout=layout, **drawn(k, stride))
+        yield Dwconv(shape=(1, 70, 61, 150), layout=layout, kernel_size=k, stride=stride, **_around(numbers))
         yield Dwconv(shape=(2, 9, 40, 33), layout=layout, kernel_size=k, values="offset", reduce=STATISTICS)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effkernels.ops._activation import Activation
-from effkernels.ops._cases import DTYPES, Case, Comparison, as_float64, feature_map, huge, maps
+from effkernels.ops._cases import DTYPES, Case, Comparison, as_float64, drawn_map, feature_map, huge, maps
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.cases import CORE_MAPS, CUT_MAPS, LARGE_MAPS, compare_sums
 from effkernels.ops.batch_norm.op import Reduce, statistics_dtype
@@ -27,6 +27,10 @@ class SpatialMean(Case):
 
     def make(self) -> tuple[Any, ...]:
         return (feature_map(self.shape, self.dtype, self.layout, self.values),)
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "SpatialMean":
+        return cls(**drawn_map(numbers))
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         return compare_sums(outputs[0], arguments[0], Reduce.MEAN)
@@ -47,6 +51,10 @@ class ChannelScale(Case):
         if self.values == "denormal":
             gate *= huge(self.dtype)
         return x, gate.to(statistics_dtype(x))
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "ChannelScale":
+        return cls(**drawn_map(numbers), strided_gate=numbers.choice((True, False)))
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         exact = reference.channel_scale(*as_float64(arguments))
@@ -78,6 +86,15 @@ class SeGate(Case):
             torch.randn(size).to(self.dtype) if given else None for size, given in zip((r, c), self.biases, strict=True)
         )
         return pooled, w1, b1, w2, b2, self.act, self.gate
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "SeGate":
+        return cls(
+            batch=numbers.randint(0, 4), channels=numbers.randint(1, 150), reduced=numbers.randint(1, 40),
+            biases=(numbers.choice((True, False)), numbers.choice((True, False))),
+            act=numbers.choice(list(Activation)), gate=numbers.choice((Activation.SIGMOID, Activation.HARDSIGMOID)),
+            strided=numbers.choice((True, False)), dtype=numbers.choice((*DTYPES, torch.float64)),
+        )  # fmt: skip
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         exact = reference.gate_of(*as_float64(arguments))
