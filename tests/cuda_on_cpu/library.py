@@ -6,6 +6,9 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -72,8 +75,13 @@ def sanitized_environment(library: pathlib.Path) -> dict[str, str]:
     }
 
 
-def install(library: pathlib.Path) -> tuple[ctypes.CDLL, torch.library.Library]:
-    """Load `library`; the `cuda` overloads of its ops then take CPU tensors, as long as what is returned lives."""
+def install(
+    library: pathlib.Path, around: Callable[[tuple[Any, ...]], AbstractContextManager[None]] = nullcontext
+) -> tuple[ctypes.CDLL, torch.library.Library]:
+    """Load `library`; the `cuda` overloads of its ops then take CPU tensors, as long as what is returned lives.
+
+    Each call is made inside `around(arguments)`.
+    """
     loaded = ctypes.CDLL(str(library))
     registrations = torch.library.Library("effkernels", "IMPL")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -81,8 +89,9 @@ def install(library: pathlib.Path) -> tuple[ctypes.CDLL, torch.library.Library]:
         overload = op.overloads["cuda"]
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CUDA"):
 
-            def call(*args, overload=overload):
-                return overload.redispatch(keys, *args)
+            def call(*args: Any, overload: Any = overload) -> Any:
+                with around(args):
+                    return overload.redispatch(keys, *args)
 
             registrations.impl(f"{op.name}.cuda", call, "CPU")
     return loaded, registrations

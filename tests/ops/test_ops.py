@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from phases import feature_map
-from tolerance import assert_close_to_reference
 
 from effkernels import _native, backends, ops, use_backend
+from effkernels.ops._cases import assert_close_to_reference, feature_map
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops.batch_norm.op import BN_ACT, BN_APPLY, BN_STATISTICS
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BN_ACT, NO_NORM
