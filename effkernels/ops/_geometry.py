@@ -25,3 +25,8 @@ def resolve_padding(op: str, padding: int | str, size: int, kernel_size: int, st
 def extra_padding(size: int, out: int, before: int, kernel_size: int, stride: int) -> int:
     """How many more rows of padding the end needs than the beginning."""
     return max((out - 1) * stride + kernel_size - size - 2 * before, 0)
+
+
+def covered(size: int, out: int, before: int, kernel_size: int, stride: int) -> int:
+    """How many of `size` rows lie under a window: the first ones."""
+    return min(max((out - 1) * stride - before + kernel_size, 0), size)

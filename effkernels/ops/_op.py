@@ -1,6 +1,7 @@
 """Dispatcher ops: one schema, one fake kernel and one autograd formula, an overload per backend."""
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,8 @@ _library = torch.library.Library("effkernels", "DEF")
 
 # Of each fusion's overload, the Python function that calls its phases.
 COMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-# Of an overload that keeps maps of its own: what it reads and writes beside each argument and each result once.
-UNSEEN_BYTES: dict[torch._ops.OpOverload, Callable[..., int]] = {}
+# The op of each overload.
+OPS: dict[torch._ops.OpOverload, "Op"] = {}
 
 
 class Op:
@@ -36,9 +37,14 @@ class Op:
         backward: Callable[..., Any] | None = None,
         backends: Sequence[str] = KERNEL_BACKENDS,
         unseen_bytes: Callable[..., int] | None = None,
+        parts_read: Callable[..., dict[str, Sequence[int]]] | None = None,
+        flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.fake = fake
+        self._unseen_bytes = unseen_bytes
+        self._parts_read = parts_read
+        self._flops = flops
         self._functions: dict[str, Any] = {}
         self.overloads: dict[str, torch._ops.OpOverload] = {}
         for backend in backends:
@@ -49,8 +55,7 @@ class Op:
             formula = once_differentiable(partial(backward, backend)) if backward else _no_gradient(name)
             torch.library.register_autograd(overload, formula, setup_context=setup_context, lib=_library)
             self.overloads[backend] = overload
-            if unseen_bytes:
-                UNSEEN_BYTES[overload] = unseen_bytes
+            OPS[overload] = self
             if backward:
                 members = {"forward": overload, "setup_context": setup_context, "backward": formula}
                 self._functions[backend] = type(
@@ -76,6 +81,29 @@ class Op:
 
         self.implement("triton", implementation)
 
+    def bytes(self, arguments: Sequence[Any], outputs: Any) -> dict[str, int]:
+        """Of each tensor argument the bytes that a call reads at least once, of each output those that it writes.
+
+        Arguments are read whole, unless `parts_read` gave the shape of a part. `unseen_bytes` are what it reads and
+        writes beside that.
+        """
+        schema = next(iter(self.overloads.values()))._schema
+        given = zip(schema.arguments, arguments, strict=True)
+        tensors = {argument.name: t for argument, t in given if isinstance(t, torch.Tensor)}
+        if any(t.numel() == 0 for t in tensors.values()):
+            return dict.fromkeys(tensors, 0)  # nothing is launched
+        parts = self._parts_read(*arguments) if self._parts_read else {}
+        amounts = {name: _size(parts.get(name, t.shape), t) for name, t in tensors.items()}
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        amounts |= {r.name or "result": _size(t.shape, t) for r, t in zip(schema.returns, outputs, strict=True)}
+        if self._unseen_bytes:
+            amounts["unseen"] = self._unseen_bytes(*arguments)
+        return amounts
+
+    def flops(self, *args: Any) -> int:
+        """The operations of the op's convolutions and matrix products, two for a multiply-add."""
+        return self._flops(*args) if self._flops else 0
+
     def __call__(self, backend: str, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args)
@@ -91,6 +119,12 @@ class Op:
         ):
             return self._functions[backend].apply(*args)
         return self.overloads[backend](*args)
+
+
+def _size(shape: Sequence[int], tensor: torch.Tensor) -> int:
+    """The bytes of a part of `tensor` with this shape; those of an expanded dimension count once."""
+    sizes = (size for size, stride in zip(shape, tensor.stride(), strict=True) if stride)
+    return math.prod(sizes) * tensor.element_size()
 
 
 def _has_tangent(argument: Any) -> bool:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effkernels.ops._op import COMPOSITIONS, UNSEEN_BYTES
+from effkernels.ops._op import COMPOSITIONS, OPS
 from effkernels.profiling._hooks import around_blocks
 
 
 class _Counter(TorchDispatchMode):
-    """Every op reads each tensor that it is given once, and writes each tensor that it returns or alters once.
+    """Our ops say what they read and write. Every other reads each tensor that it is given once, and writes each tensor
+    that it returns or alters once.
 
     That is how elementwise, normalising and convolving kernels work in inference, where the tensors exceed the caches.
     Copies inside a library's kernel and rows that a window reads again are not seen. Fusions are counted by their
@@ -32,10 +33,10 @@ class _Counter(TorchDispatchMode):
             with self:
                 return COMPOSITIONS[func](*args, **kwargs)
         result = func(*args, **kwargs)
-        if not (func.is_view or "empty" in func.__name__):
+        if func in OPS:
+            self.bytes += sum(OPS[func].bytes(args, result).values())
+        elif not (func.is_view or "empty" in func.__name__):
             self.bytes += _size((args, kwargs)) + _size(result)
-            if func in UNSEEN_BYTES:
-                self.bytes += UNSEEN_BYTES[func](*args, **kwargs)
         return result
 
 

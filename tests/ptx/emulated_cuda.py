@@ -10,7 +10,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuda_on_cpu import library
 from torch import Tensor
@@ -30,7 +30,13 @@ LAUNCHER = ctypes.CFUNCTYPE(
 
 arch = "sm_80"
 options: dict[str, Any] = {"race": True}  # of ptxrun's Module.run
-results: list[Any] = []  # of every launch
+launches: list["Launch"] = []
+
+
+class Launch(NamedTuple):
+    kernel: str
+    result: Any  # ptxrun's
+    tensors: dict[int, str]  # that its parameters point to: by address, their names in the result's profile
 
 
 def why_not() -> str | None:
@@ -56,9 +62,11 @@ def modules(arch: str) -> list[Any]:
 
 def run(kernel: str, grid: int, block: int, shared: int, params: bytes, tensors: list[Tensor]) -> None:
     module = next(module for module in modules(arch) if kernel in module.entries())
-    result = module.run(kernel, grid, block, [unpack(params, tensors)], shared, **options)
+    arguments = unpack(params, tensors)
+    result = module.run(kernel, grid, block, [arguments], shared, **options)
     assert not result.warnings, result.warnings[:3]
-    results.append(result)
+    names = {value.data_ptr(): f"arg0.{i}" for i, (_, value) in enumerate(arguments) if isinstance(value, Tensor)}
+    launches.append(Launch(kernel, result, names))
 
 
 def unpack(params: bytes, tensors: list[Tensor]) -> list[tuple[str, Any]]:

@@ -1,12 +1,13 @@
 """The depthwise convolution: `dwconv`, its phase op, and `dwconv_bn_act`, the differentiable fusion."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effkernels.ops._geometry import extra_padding
+from effkernels.ops._geometry import covered, extra_padding
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import BN_APPLY, Reduce, bn_act_backward, fake_sums, statistics_dtype
@@ -26,6 +27,17 @@ def _dwconv_fake(
     return y, fake_sums(y, reduce)
 
 
+def _dwconv_parts_read(x: Tensor, weight: Tensor, *rest: Any) -> dict[str, Sequence[int]]:
+    stride, top, left, out_h, out_w, _ = rest[-6:]
+    (n, c, h, w), k = x.shape, weight.shape[2]
+    return {"x": (n, c, covered(h, out_h, top, k, stride), covered(w, out_w, left, k, stride))}
+
+
+def _dwconv_flops(x: Tensor, weight: Tensor, *rest: Any) -> int:
+    *_, out_h, out_w, _ = rest
+    return 2 * x.shape[0] * weight.numel() * out_h * out_w
+
+
 # y = act2(bn2(conv(act1(bn1(x))))): prologue and epilogue are applied where their mean is given; padding is zero after
 # the prologue. `reduce` adds, from the same pass over y as stored, its mean over the map [N, C] or its batch statistics
 # [2, C] (mean, biased variance).
@@ -36,6 +48,8 @@ DWCONV = Op(
     " Tensor? mean2, Tensor? var2, Tensor? gamma2, Tensor? beta2, float eps2, int act2,"
     " int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w, int reduce) -> (Tensor y, Tensor sums)",
     fake=_dwconv_fake,
+    parts_read=_dwconv_parts_read,
+    flops=_dwconv_flops,
 )
 DWCONV.implement_in_triton("effkernels.ops.dwconv.triton")
 

@@ -78,6 +78,7 @@ SE_GATE = Op(
     fake=_se_gate_fake,
     setup_context=_se_gate_setup,
     backward=_se_gate_backward,
+    flops=lambda pooled, w1, b1, w2, *_: 2 * pooled.shape[0] * (w1.numel() + w2.numel()),
 )
 SE_GATE.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 

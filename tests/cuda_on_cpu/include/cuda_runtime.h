@@ -30,8 +30,8 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(address, size) (void)0
-#define ASAN_UNPOISON_MEMORY_REGION(address, size) (void)0
+#define ASAN_POISON_MEMORY_REGION(address, size) (void)(size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) (void)(size)
 inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
