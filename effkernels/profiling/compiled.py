@@ -361,23 +361,26 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=[], choices=CHIPS, help="architectures to compile in any case")
     options = parser.parse_args()
     table = read() if TABLE.exists() else []
+    by_unit: dict[Any, list[Row]] = {}
+    for row in table:
+        by_unit.setdefault(key(row), []).append(row)
     kept: list[Row] = []
     stale: list[Unit] = []
     for unit in units():
-        known = [row for row in table if key(row) == unit.key]
+        known = by_unit.get(unit.key)
         if known and known[0].source == unit.source and unit.arch not in options.again:
             kept += known
         else:
             stale.append(unit)
     compiled: list[Row] = []
-    try:
-        for found in _compile(stale):
-            compiled += found
-            print(f"\r{len(kept) + len(compiled)} rows", end="", file=sys.stderr)
-    finally:
-        print(file=sys.stderr)
+    for done, found in enumerate(_compile(stale), 1):
+        compiled += found
         if not options.check:
-            write(kept + compiled)
+            write(kept + compiled)  # a run that is broken off is not lost
+        print(f"\rcompiled {done} of {len(stale)}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    if not options.check:
+        write(kept + compiled)
     problems = [f"uses local memory: {row}" for row in compiled if row.local or row.stack]
     if options.check:
         problems += _differences({*table}, {*kept, *compiled})

@@ -55,6 +55,8 @@ def kernels(code: bytes, arch: str) -> list[Kernel]:
     usage = dict(re.findall(r"^ Function (\S+):\n\s+(.+)$", text, re.MULTILINE))
     attributes = dict(re.findall(r"^\.nv\.info\.(\S+)\n((?:[^.].*\n)*)", text, re.MULTILINE))
     listings = dict(re.findall(r"^\s+Function : (\S+)\n((?:\s+[./].*\n)*)", text, re.MULTILINE))
+    # From Hopper on, what is reserved is counted too, if there is anything.
+    counted = CHIPS[arch].reserved if int(arch.removeprefix("sm_")) >= 90 else 0
     found = []
     for name, resources in usage.items():
         size = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
@@ -68,8 +70,7 @@ def kernels(code: bytes, arch: str) -> list[Kernel]:
                 registers=size["REG"],
                 local=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
                 stack=size["STACK"],
-                # From Hopper on, what is reserved is counted too.
-                shared=size["SHARED"] - (CHIPS[arch].reserved if int(arch.removeprefix("sm_")) >= 90 else 0),
+                shared=max(size["SHARED"] - counted, 0),
                 load=_widest(opcodes, "LDG", "LD."),
                 store=_widest(opcodes, "STG", "ST."),
                 matrix=next((opcode.split(".")[0] for opcode in opcodes if MATRIX.match(opcode)), ""),

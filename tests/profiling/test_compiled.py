@@ -15,33 +15,34 @@ from effkernels.profiling.machine_code import CHIPS, kernels, occupancy  # noqa:
 
 PTX = """
 .version 8.0
-.target sm_80
+.target {arch}
 .address_size 64
-.visible .entry planted(.param .u64 x) .maxntid 96, 1, 1 {
+.visible .entry planted(.param .u64 x) .maxntid 96, 1, 1 {{
   .reg .b32 %r<9>; .reg .b64 %d<4>; .reg .b16 %h; .local .align 4 .b8 array[64]; .shared .b32 slot[8];
   ld.param.u64 %d1, [x];
   cvta.to.global.u64 %d1, %d1;
-  ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d1];
-  mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%r5, %r6}, {%r1, %r2}, {%r3}, {%r1, %r4};
+  ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%d1];
+  mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {{%r5, %r6}}, {{%r1, %r2}}, {{%r3}}, {{%r1, %r4}};
   st.shared.u32 [slot], %r5;
   mov.u64 %d2, array;
   and.b32 %r7, %r6, 15;
   mul.wide.u32 %d3, %r7, 4;
   add.u64 %d2, %d2, %d3;
-  st.local.u32 [%d2], %r5;
-  ld.local.u32 %r8, [array + 8];
+  st.volatile.local.u32 [%d2], %r5;
+  ld.volatile.local.u32 %r8, [array + 8];
   cvt.u16.u32 %h, %r8;
   st.global.u16 [%d1], %h;
   ret;
-}
+}}
 """
 
 
-def test_machine_code_is_read_right(tmp_path):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_machine_code_is_read_right(arch, tmp_path):
     source, cubin = tmp_path / "planted.ptx", tmp_path / "planted.cubin"
-    source.write_text(PTX)
-    subprocess.run([triton.knobs.nvidia.ptxas.path, "-arch=sm_80", source, "-o", cubin], check=True)
-    (kernel,) = kernels(cubin.read_bytes(), "sm_80")
+    source.write_text(PTX.format(arch=arch))
+    subprocess.run([triton.knobs.nvidia.ptxas.path, f"-arch={arch}", source, "-o", cubin], check=True)
+    (kernel,) = kernels(cubin.read_bytes(), arch)
     assert (kernel.name, kernel.threads, kernel.shared, kernel.matrix) == ("planted", 96, 32, "HMMA")
     assert (kernel.load, kernel.store) == (128, 16)
     assert kernel.local >= 2
