@@ -47,6 +47,14 @@ def parameter_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be {' or '.join(map(str, accepted))} as x is, got {tensor.dtype}")
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts the arguments of a convolution of x to; None where it leaves them alone."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def code(op: str, name: str, value: str, accepted: dict[str, int]) -> int:
     """The code of an activation or gate given by name."""
     if value not in accepted:

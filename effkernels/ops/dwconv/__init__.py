@@ -156,9 +156,8 @@ def _arguments(
     _checks.shaped(name, "weight", weight, [x.shape[1], 1, k, k], x)
     if isinstance(stride, bool) or not isinstance(stride, int) or stride not in STRIDES:
         raise ValueError(f"{name}: stride must be one of {STRIDES}, got {stride!r}")
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _checks.autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     _checks.same_dtype(name, "weight", weight, "x", x)
     pad_top, out_h = resolve_padding(name, padding, x.shape[2], k, stride)

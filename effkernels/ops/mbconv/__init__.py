@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from effkernels import backends
@@ -81,8 +80,8 @@ def mbconv(
         RuntimeError: the backend asked for by `use_backend` cannot run.
     """
     _checks.map_tensor(_NAME, "x", x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _checks.autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         depthwise, project = (stage._replace(weight=stage.weight.to(dtype)) for stage in (depthwise, project))
         expand = expand and expand._replace(weight=expand.weight.to(dtype))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from effkernels import backends
@@ -84,8 +83,8 @@ def mbconv_inference(
         RuntimeError: the backend asked for by `use_backend` cannot run, or has no such kernel.
     """
     _checks.map_tensor(_NAME, "x", x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _checks.autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         expand = None if expand is None else expand._replace(weight=expand.weight.to(dtype))
         depthwise = depthwise._replace(weight=depthwise.weight.to(dtype))
