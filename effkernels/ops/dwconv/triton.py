@@ -241,10 +241,10 @@ def dwconv_backward_kernel(
                         for kx in tl.static_range(K):
                             if ky % STRIDE == r and kx % STRIDE == j % STRIDE:
                                 # Of the output whose tap (ky, kx) is this input.
-                                at = (REACH - ky // STRIDE) * LOADED + REACH + j // STRIDE - kx // STRIDE
-                                out += grads[at] * weights[ky * K + kx]
+                                dy = grads[(REACH - ky // STRIDE) * LOADED + REACH + j // STRIDE - kx // STRIDE]
+                                out += dy * weights[ky * K + kx]
                                 if weights_ptr is not None:
-                                    added = added + (grad_weights[ky * K + kx] + grads[at] * h,)
+                                    added = added + (grad_weights[ky * K + kx] + dy * h,)
                             elif weights_ptr is not None:
                                 added = added + (grad_weights[ky * K + kx],)
                     grad_weights = added
@@ -279,7 +279,7 @@ def dwconv_backward(
     steps, cols = (
         (pad + size - 1) // stride - pad // stride + 1 for pad, size in ((pad_top, height), (pad_left, width))
     )
-    columns = {3: 8, 5: 8, 7: 4}[k]
+    columns = 4
     lanes = triton.cdiv(cols, columns // stride)
     # One value of a tile for each thread.
     if axis == 0:
