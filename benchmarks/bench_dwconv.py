@@ -5,10 +5,10 @@ import suite
 import torch
 import torch.nn.functional as F
 from suite import KERNELS, LAYOUTS, Shape
-from tolerance import assert_close_to_reference
 from torch import Tensor
 
 from effkernels.ops import dwconv_bn_swish
+from effkernels.ops._cases import assert_close_to_reference
 
 SHAPES = suite.shapes("efficientnet_b0")
 

@@ -5,10 +5,10 @@ import suite
 import torch
 import torch.nn.functional as F
 from suite import KERNELS, LAYOUTS, Shape
-from tolerance import assert_close_to_reference
 from torch import Tensor
 
 from effkernels.ops import squeeze_excite
+from effkernels.ops._cases import assert_close_to_reference
 
 # One of each output: (channels, size, squeezed channels).
 SHAPES = [*{(s.channels, -(-s.size // s.stride), s.se_channels): s for s in suite.shapes("efficientnet_b0")}.values()]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tolerance import assert_close_to_reference
 
 from effkernels import use_backend
+from effkernels.ops._cases import assert_close_to_reference
 from effkernels.ops.mbconv import Gate, Stage, mbconv
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16

@@ -4,10 +4,10 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from tolerance import assert_close_to_reference
 from torch import Tensor, nn
 
 import effkernels
+from effkernels.ops._cases import assert_close_to_reference
 
 Outcome = dict[str, list[Tensor]]
 

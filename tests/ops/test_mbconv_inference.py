@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from phases import feature_map
-from tolerance import assert_close_to_reference
 from torch import Tensor
 
 from effkernels import _native, backends, ops, use_backend
+from effkernels.ops._cases import assert_close_to_reference, feature_map
 from effkernels.ops._layout import empty_map
 from effkernels.ops.dwconv import Norm
 from effkernels.ops.mbconv_inference import Convolution, Gate, op, pack
