@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import effkernels
@@ -64,6 +65,17 @@ def test_bytes_of_an_mbconv_are_its_passes(fused):
     maps = sum(size * count for size, count in zip(sizes, passes, strict=True))
     got = block_bytes(torch.nn.Sequential(block), ["0"], x)["0"]
     assert maps <= got <= 1.02 * maps  # weights and means of channels are counted too
+
+
+@pytest.mark.skipif(effkernels._native.MISSING["triton"] is not None, reason="triton is not installed")
+def test_bytes_of_an_mbconv_on_a_gpu():
+    """In Triton squeeze-excite scales d, and BatchNorm normalises the projection, in passes of their own."""
+    with FakeTensorMode(), torch.device("cuda"), effkernels.use_backend("triton"):
+        block = effkernels.convert(torchvision.models.efficientnet_b0().features[2][1].eval())
+        x = torch.randn(2, 24, 64, 64).to(memory_format=torch.channels_last)
+        got = block_bytes(torch.nn.Sequential(block), ["0"], x)["0"]
+    maps = (2 + 6 * 2 + 6 * 4 + 3) * x.nbytes
+    assert maps <= got <= 1.02 * maps
 
 
 def test_views_cost_nothing_and_updates_in_place_a_read_and_a_write():
