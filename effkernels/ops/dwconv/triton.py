@@ -105,7 +105,7 @@ def tile(x: Tensor, k: int, stride: int, out_w: int) -> dict[str, int]:
     axis = pixel_axis(x)
     if axis == 0:
         # A thread holds 8 outputs of each row that is open, or 4, or 2, beside its weights.
-        size = 1024 if k == 3 and stride == 1 else 512
+        size = 1024 if k == 3 and stride == 1 else 256 if k == 5 and stride == 2 else 512
         block_w = block(out_w, size // 32, 8)
         block_c = block(x.shape[1], min(size // block_w, 64), 16)
         warps = 8 if k == 7 and stride == 2 else 4
