@@ -229,11 +229,16 @@ def reduce_store(state, parts_ptr, part, channels, offs_c, mask, share, AXIS: tl
 
 
 @triton.jit
+def sum_of_products(a, b, AXIS: tl.constexpr):
+    # fma, as each lane would fuse a bare product with the sum's first addition, and copies of the sum would differ.
+    return tl.sum(tl.fma(a, b, tl.zeros_like(a)), AXIS, keep_dims=True)
+
+
+@triton.jit
 def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
     """Counts, means and squared deviations of sets of values along `AXIS`, together (Chan, Golub and LeVeque)."""
     total = tl.sum(count, AXIS, keep_dims=True)
-    # fma, as each lane would fuse a bare product with the sum's first addition, and copies of the sum would differ.
-    merged = tl.sum(tl.fma(count, mean, tl.zeros_like(mean)), AXIS, keep_dims=True) / total
+    merged = sum_of_products(count, mean, AXIS) / total
     delta = mean - merged
     return total, merged, tl.sum(m2 + count * delta * delta, AXIS, keep_dims=True)
 

@@ -260,8 +260,9 @@ def dwconv_backward_kernel(
         ptrs = weights_ptr + (part.to(tl.int64) * channels + offs_c) * (K * K) + tap
         tl.store(ptrs, tl.sum(grad_weights[tap], PIXEL_AXIS, keep_dims=True), mask_c)
     if len(sums) > 0:
-        sums = (sums[0], sums[1] * load_inverse_deviation(var1_ptr, eps1, offs_c, mask_c))
-        sums_store(sums, sums_ptr, part, parts, channels, offs_c, mask_c, PIXEL_AXIS)
+        inverse_deviation = load_inverse_deviation(var1_ptr, eps1, offs_c, mask_c)
+        of_gamma = tl.sum(sums[1], PIXEL_AXIS, keep_dims=True) * inverse_deviation
+        sums_store((sums[0], of_gamma), sums_ptr, part, parts, channels, offs_c, mask_c, PIXEL_AXIS)
 
 
 def dwconv_backward(
@@ -284,10 +285,10 @@ def dwconv_backward(
     # One value of a tile for each thread.
     if axis == 0:
         block_c = block(channels, 64, 16)
-        block_w = min(128 // block_c, triton.next_power_of_2(lanes))
+        block_w = min(256 // block_c, triton.next_power_of_2(lanes))
     else:
         block_w = block(lanes, 32, 1)
-        block_c = min(128 // block_w, triton.next_power_of_2(channels))
+        block_c = min(256 // block_w, triton.next_power_of_2(channels))
     blocks_w, blocks_c = triton.cdiv(lanes, block_w), triton.cdiv(channels, block_c)
     warps = max(block_w * block_c // 32, 1)
     wanted = triton.cdiv(WARPS, blocks_w * blocks_c * warps)

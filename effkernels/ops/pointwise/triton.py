@@ -27,11 +27,11 @@ from effkernels.ops._triton import (
     reduce_store,
     scale_shift,
     strides,
+    sum_of_products,
     sums_per_image,
 )
 
 PROGRAMS = 512  # of backward, a few for each multiprocessor: each adds up a weight gradient of its own
-WEIGHT_BLOCKS = 5  # blocks of outputs whose weight gradients fit a program's registers
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def pointwise(
             channels, outputs, area, width, tiles, 1 / area, *x.stride(), *y.stride(), *strides(residual),
             ACT=act, REDUCE=reduce, ONE_ROW=all(t is None or is_one_row(t) for t in (x, y, residual)),
             PRECISION=precision(), BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=tile_size(channels, 16 if wide else 32),
-            PIXEL_AXIS=pixel_axis(x), num_warps=8 if block_p * block_o > 64 * 64 else 4,
+            PIXEL_AXIS=pixel_axis(x), num_warps=8 if block_p * block_o >= 64 * 64 else 4,
         )  # fmt: skip
     return y, finish(parts, batch, reduce)
 
@@ -217,10 +217,9 @@ def pointwise_backward_kernel(
                 out_offsets = pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
                 tl.store(out_ptr + n * out_stride_n + offs_c * out_stride_c + out_offsets, stored, mask)
                 out = tl.where(mask, stored.to(tl.float32), 0.0)
-                of_h += tl.sum(out * h, PIXEL_AXIS, keep_dims=True)
-                dz = out * slope
-                of_slope += tl.sum(dz, PIXEL_AXIS, keep_dims=True)
-                of_xhat += tl.sum(dz * (centred * inverse_deviation), PIXEL_AXIS, keep_dims=True)
+                of_h += sum_of_products(out, h, PIXEL_AXIS)
+                of_slope += sum_of_products(out, slope, PIXEL_AXIS)
+                of_xhat += sum_of_products(out * slope, centred, PIXEL_AXIS) * inverse_deviation
         if out_ptr is not None:
             ptrs = sums_ptr + (n * splits + part % splits) * channels + offs_c
             sums_stride = tl.cast(batch, tl.int64) * splits * channels
@@ -257,8 +256,8 @@ def pointwise_backward(
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     area = height * width
     wide = x.dtype == torch.float32
-    limit = 32 if wide else 64
-    block_p, block_c, block_o = tile_size(area, limit), tile_size(channels, limit), tile_size(outputs, limit)
+    limits = (16, 32, 16) if wide else (64, 64, 64)
+    block_p, block_c, block_o = map(tile_size, (area, channels, outputs), limits)
     blocks_c, blocks_o, tiles = (
         triton.cdiv(channels, block_c), triton.cdiv(outputs, block_o), triton.cdiv(area, block_p)
     )  # fmt: skip
@@ -273,25 +272,27 @@ def pointwise_backward(
     weights = x.new_empty((groups * splits, outputs, channels), dtype=torch.float32) if need_weight else None
 
     def launch(out: Tensor | None, weights: Tensor | None, weight_blocks: int) -> None:
-        pointwise_backward_kernel[(groups * splits * blocks_c, triton.cdiv(blocks_o, weight_blocks))](
+        rounds = triton.cdiv(blocks_o, weight_blocks) if weight_blocks else 1
+        pointwise_backward_kernel[(groups * splits * blocks_c, rounds)](
             grad, *dense(scale), y, *dense(mean2, var2, gamma2), eps2, *dense(grad_means, weight),
             x, *dense(mean1, var1, gamma1, beta1), eps1, *dense(gate), out, sums, weights,
             batch, channels, outputs, area, width, images, splits, steps,
             *grad.stride(), *y.stride(), *x.stride(), *strides(out),
             ACT=act1, WEIGHT_BLOCKS=weight_blocks, ONE_ROW=all(map(is_one_row, (grad, y, x))),
             PRECISION=precision(), BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=block_c, PIXEL_AXIS=pixel_axis(x),
-            num_warps=4 if wide else 8,
+            num_warps=4 if wide and weights is None else 8,
         )  # fmt: skip
 
     if batch:
-        if blocks_o <= WEIGHT_BLOCKS:
+        most = 3 if wide else 5  # blocks of outputs whose weight gradients fit registers
+        if need_weight and blocks_o <= most:
             launch(out, weights, blocks_o)
         else:
-            # The weight gradient does not fit beside all of its dy: x and dy are read twice.
+            # Where the weight gradient does not fit, x and dy are read twice.
             if need_input:
-                launch(out, None, blocks_o)
+                launch(out, None, 0)
             if need_weight:
-                launch(None, weights, WEIGHT_BLOCKS)
+                launch(None, weights, most)
     return (
         x.new_empty(0) if out is None else out,
         sums_per_image(sums, batch) if need_input else sums,
