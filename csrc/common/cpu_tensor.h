@@ -117,6 +117,73 @@ class FoldedNorm {
   std::vector<char> values_;
 };
 
+// A BatchNorm in the backward pass, in the dtype that the kernels compute in. `grad_means` [2, C] are the means over batch
+// and map of dz and of dz * xhat, none where the statistics are fixed.
+class BackwardNormVectors {
+ public:
+  BackwardNormVectors(const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                      const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps,
+                      int64_t activation, const std::optional<Tensor>& grad_means, Dtype dtype, int64_t channels)
+      : folded_(mean, var, gamma, beta, eps, activation, dtype, channels) {
+    if (!mean) return;
+    require(!grad_means || has_shape(*grad_means, {2, channels}), "effkernels: grad_means must have shape [2, C]");
+    rstd_.resize(channels);
+    corrected_ = grad_means.has_value();
+    dtype == Dtype::kFloat64 ? fill<double>(*mean, *var, gamma, eps, grad_means)
+                             : fill<float>(*mean, *var, gamma, eps, grad_means);
+  }
+
+  NormBackward vectors() const {
+    const Affine affine = folded_.affine();
+    if (values_.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, affine.activation};
+    const char *mean = values_.data(), *slope = mean + values_.size() / 3, *constant = slope + values_.size() / 3;
+    return {affine.scale, affine.shift,  mean, corrected_ ? slope : nullptr, corrected_ ? constant : nullptr,
+            affine.activation};
+  }
+
+  // 1 / sqrt(var + eps), what turns sums with x - mean into sums with xhat.
+  const std::vector<double>& rstd() const { return rstd_; }
+
+ private:
+  template <class C>
+  void fill(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& gamma, double eps,
+            const std::optional<Tensor>& grad_means) {
+    const int64_t channels = static_cast<int64_t>(rstd_.size());
+    values_.resize(3 * channels * sizeof(C));
+    C *means = reinterpret_cast<C*>(values_.data()), *slope = means + channels, *constant = slope + channels;
+    const auto at = [](const Tensor& t, int64_t i) {
+      return with_data(t, [&](auto* data) { return static_cast<double>(data[i * t.stride(-1)]); });
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+      rstd_[c] = 1 / std::sqrt(at(var, c) + eps);
+      means[c] = static_cast<C>(at(mean, c));
+      if (!grad_means) continue;
+      const double factor = gamma ? rstd_[c] * at(*gamma, c) : rstd_[c];
+      with_data(*grad_means, [&](auto* data) {
+        const auto mean_of = [&](int64_t i) { return data[i * grad_means->stride(0) + c * grad_means->stride(1)]; };
+        slope[c] = static_cast<C>(-factor * rstd_[c] * mean_of(1));
+        constant[c] = static_cast<C>(-factor * mean_of(0));
+      });
+    }
+  }
+
+  FoldedNorm folded_;
+  bool corrected_ = false;
+  std::vector<double> rstd_;
+  std::vector<char> values_;
+};
+
+// A small vector or matrix that may be missing, dense and in the dtype of statistics.
+inline std::optional<Tensor> dense_vector(const std::optional<Tensor>& t, std::initializer_list<int64_t> shape,
+                                          const Tensor& x, const char* name) {
+  if (!t) return std::nullopt;
+  require(has_shape(*t, shape) && t->scalar_type() == statistics_dtype(x),
+          std::string(name) + " has the wrong shape, or is not in float32 (float64 where x is)");
+  return torch::stable::contiguous(*t);
+}
+
+inline const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
 // Scratch memory of this thread, kept between calls. `slot` tells apart buffers in use at once.
 template <int slot>
 void* scratch(size_t bytes) {

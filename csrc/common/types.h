@@ -43,4 +43,11 @@ struct Affine {
   int32_t activation;
 };
 
+// A BatchNorm and an activation in the backward pass, vectors [C] of compute_t: z = scale * x + shift, and the gradient
+// of x from dz is scale * dz + slope * (x - mean) + constant. No scale: z is x; no slope: the statistics are fixed.
+struct NormBackward {
+  const void *scale, *shift, *mean, *slope, *constant;
+  int32_t activation;
+};
+
 }  // namespace effk

@@ -315,6 +315,30 @@ inline EFFK_INLINE V activate(V z) {
   if constexpr (A == kIdentity) return z;
 }
 
+// h = act(z) and slope = act'(z), as PyTorch has it where act has a kink.
+template <int A, class V>
+inline EFFK_INLINE void activate_with_slope(V z, V& h, V& slope) {
+  using C = std::remove_reference_t<decltype(z[0])>;
+  constexpr C zero = 0, one = 1, three = 3, six = 6, half = 0.5;
+  const V ones = broadcast(one);
+  h = activate<A>(z);
+  if constexpr (A == kSilu || A == kSigmoid) {
+    const V s = reciprocal(one + exp_neg(z));
+    if constexpr (A == kSilu) h = z * s;
+    slope = A == kSilu ? s + h * (one - s) : s * (one - s);
+  } else if constexpr (A == kRelu) {
+    slope = z <= zero ? V{} : ones;
+  } else if constexpr (A == kRelu6) {
+    slope = (z <= zero) | (z >= six) ? V{} : ones;
+  } else if constexpr (A == kHardswish) {
+    slope = z <= -three ? V{} : z >= three ? ones : z * (one / three) + half;
+  } else if constexpr (A == kHardsigmoid) {
+    slope = (z <= -three) | (z >= three) ? V{} : ones * (one / six);
+  } else {
+    slope = ones;
+  }
+}
+
 // f(Constant<activation>) for the activation given at run time.
 template <class F>
 inline void with_activation(int activation, F f) {

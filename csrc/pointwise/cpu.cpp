@@ -1,0 +1,155 @@
+// effkernels::pointwise.cpp and effkernels::pointwise_backward.cpp, the 1x1 convolution on the CPU.
+#include "common/cpu_tensor.h"
+#include "cpu_kernel.h"
+
+namespace effk {
+namespace {
+
+Map map_like(const Tensor& t, const Tensor& y, const char* name) {
+  require(t.scalar_type() == y.scalar_type() && std::equal(t.sizes().begin(), t.sizes().end(), y.sizes().begin()),
+          std::string(name) + " must have the shape and dtype of the output");
+  return map_of(t, name);
+}
+
+std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
+                                     std::optional<Tensor> var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                                     double eps, int64_t act, std::optional<Tensor> gate, std::optional<Tensor> bias,
+                                     std::optional<Tensor> residual, int64_t reduce) {
+  const Dtype dtype = dtype_of(x);
+  const Map map = map_of(x);
+  require(weight.dim() == 2 && weight.size(1) == map.c && weight.scalar_type() == x.scalar_type(),
+          "effkernels::pointwise: weight must be [O, C], of the dtype of x");
+  const int64_t outputs = weight.size(0);
+  const FoldedNorm prologue(mean, var, gamma, beta, eps, act, dtype, map.c);
+  const Tensor matrix = torch::stable::contiguous(weight);
+  const auto gates = dense_vector(gate, {map.n, map.c}, x, "effkernels::pointwise: gate");
+  const auto biases = dense_vector(bias, {outputs}, x, "effkernels::pointwise: bias");
+  const int64_t sizes[] = {map.n, outputs, map.h, map.w};
+  int64_t strides[4];
+  dense_strides(sizes, is_channels_last(x), strides);
+  const Tensor y = empty_strided(x, {map.n, outputs, map.h, map.w}, strides, x.scalar_type());
+
+  PointwiseParams p{};
+  p.dtype = dtype;
+  p.x = map;
+  p.y = map_of(y);
+  if (residual) p.residual = map_like(*residual, y, "effkernels::pointwise: residual");
+  p.weight = matrix.const_data_ptr();
+  p.prologue = prologue.affine();
+  p.gate = data_of(gates);
+  p.bias = data_of(biases);
+  p.reduce = reduce_of(reduce);
+
+  EFFK_CPU_FUNCTION(pointwise_plan)(p);
+  p.packed = scratch<0>(p.packed_size);
+  std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : map.n * p.bands * 2 * outputs);
+  p.partials = partials.data();
+  EFFK_CPU_FUNCTION(pointwise_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(pointwise_run);
+  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.scratch_size));
+  });
+
+  if (p.reduce == Reduce::kNone) return {y, empty_vector(x, 0, statistics_dtype(x))};
+  const auto values = [&](int64_t band) {
+    return static_cast<double>(std::min(p.band_pixels, map.h * map.w - band * p.band_pixels));
+  };
+  return {y, merge_partials(y, p.partials, p.bands, p.reduce, values)};
+}
+
+// [parts, 3, C] of each image to [3, N, C]; the last of the three with xhat for x - mean.
+template <class C>
+void merge_sums(const PointwiseBackwardParams& p, const std::vector<double>& rstd, C* out) {
+  const C* parts = static_cast<const C*>(p.sums);
+  std::vector<double> total(3 * p.x.c);
+  for (int64_t n = 0; n < p.x.n; ++n) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t i = 0; i < p.image_tiles; ++i, parts += 3 * p.x.c)
+      for (int64_t j = 0; j < 3 * p.x.c; ++j) total[j] += parts[j];
+    for (int64_t j = 0; j < 3 * p.x.c; ++j) {
+      const int64_t row = j / p.x.c, c = j % p.x.c;
+      out[(row * p.x.n + n) * p.x.c + c] = static_cast<C>(row == 2 ? total[j] * rstd[c] : total[j]);
+    }
+  }
+}
+
+// The sum over the units of their products [O][C], whose rows are `padded` long.
+template <class C>
+void merge_products(const PointwiseBackwardParams& p, int64_t padded, C* out) {
+  const int64_t outputs = p.y.c, channels = p.x.c;
+  torch::stable::parallel_for(0, outputs, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      std::fill_n(out + o * channels, channels, C(0));
+      for (int64_t unit = 0; unit < p.units; ++unit) {
+        const C* product = static_cast<const C*>(p.products) + (unit * outputs + o) * padded;
+        for (int64_t c = 0; c < channels; ++c) out[o * channels + c] += product[c];
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
+    const Tensor& grad, std::optional<Tensor> scale, const Tensor& y, const Tensor& mean2, const Tensor& var2,
+    std::optional<Tensor> gamma2, double eps2, std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x,
+    const Tensor& mean1, const Tensor& var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1,
+    int64_t act1, std::optional<Tensor> gate, bool need_input, bool need_weight) {
+  const Dtype dtype = dtype_of(x);
+  const Map map = map_of(x);
+  const int64_t outputs = y.size(1);
+  require(has_shape(weight, {outputs, map.c}) && weight.scalar_type() == x.scalar_type(),
+          "effkernels::pointwise_backward: weight must be [O, C], of the dtype of x");
+  require(has_shape(y, {map.n, outputs, map.h, map.w}) && y.scalar_type() == x.scalar_type(),
+          "effkernels::pointwise_backward: y must be [N, O, H, W], of the dtype of x");
+  const BackwardNormVectors after(mean2, var2, gamma2, std::nullopt, eps2, kIdentity, grad_means, dtype, outputs);
+  const BackwardNormVectors before(mean1, var1, gamma1, beta1, eps1, act1, std::nullopt, dtype, map.c);
+  const Tensor matrix = torch::stable::contiguous(weight);
+  const auto scales = dense_vector(scale, {map.n, outputs}, x, "effkernels::pointwise_backward: scale");
+  const auto gates = dense_vector(gate, {map.n, map.c}, x, "effkernels::pointwise_backward: gate");
+  const ScalarType wide = statistics_dtype(x);
+  const Tensor grad_gated =
+      need_input ? empty_map(x, map.h, map.w, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
+  const Tensor grad_weight = need_weight ? empty_matrix(x, outputs, map.c, wide) : empty_vector(x, 0, wide);
+  const int64_t sums_strides[] = {map.n * map.c, map.c, 1};
+  const Tensor sums = need_input ? empty_strided(x, {3, map.n, map.c}, sums_strides, wide) : empty_vector(x, 0, wide);
+
+  PointwiseBackwardParams p{};
+  p.dtype = dtype;
+  p.grad = map_like(grad, y, "effkernels::pointwise_backward: grad");
+  p.y = map_of(y);
+  p.x = map;
+  if (need_input) p.grad_gated = map_of(grad_gated);
+  p.weight = matrix.const_data_ptr();
+  p.scale = data_of(scales);
+  p.after = after.vectors();
+  p.before = before.vectors();
+  p.gate = data_of(gates);
+  p.need_weight = need_weight;
+
+  EFFK_CPU_FUNCTION(pointwise_backward_plan)(p);
+  const size_t sums_size = map.n * p.image_tiles * 3 * map.c * compute_size(dtype);
+  p.packed = scratch<0>(p.packed_size);
+  p.sums = scratch<2>(need_input ? sums_size : 0);
+  p.products = scratch<3>(p.products_size);
+  EFFK_CPU_FUNCTION(pointwise_backward_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
+  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.scratch_size));
+  });
+
+  const auto merge = [&](auto zero) {
+    using C = decltype(zero);
+    if (need_input) merge_sums(p, before.rstd(), static_cast<C*>(sums.mutable_data_ptr()));
+    const int64_t padded = p.units ? p.products_size / (p.units * outputs * static_cast<int64_t>(sizeof(C))) : 0;
+    if (need_weight) merge_products(p, padded, static_cast<C*>(grad_weight.mutable_data_ptr()));
+  };
+  dtype == Dtype::kFloat64 ? merge(double{}) : merge(float{});
+  return {grad_gated, sums, grad_weight};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
+  m.impl("pointwise.cpp", TORCH_BOX(&pointwise));
+  m.impl("pointwise_backward.cpp", TORCH_BOX(&pointwise_backward));
+}
+
+}  // namespace
+}  // namespace effk

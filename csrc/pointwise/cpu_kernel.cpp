@@ -1,0 +1,315 @@
+#include "cpu_kernel.h"
+
+#include "common/matmul.h"
+#include "common/tile.h"
+
+namespace effk {
+namespace {
+
+// A tile's channels, as floats, fill at most a part of the second-level cache, and its pixels many tiles of `multiply`.
+constexpr int64_t kTileBytes = 256 << 10;
+constexpr int64_t kMaxPixels = 112;
+constexpr int64_t kMinUnits = 32;  // enough for many cores to share evenly
+
+template <class C>
+int64_t tile_pixels(int64_t channels, int64_t map) {
+  const int64_t fitting = max64(min64(kTileBytes / static_cast<int64_t>(sizeof(C)) / round_up<C>(channels), kMaxPixels), 16);
+  return ceil_div(map, ceil_div(map, fitting));
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------------
+
+// out = act(scale * in + shift) * gate of whole vectors of channels.
+template <class C>
+using Activate = void (*)(Tile<C> in, int64_t pixels, int64_t channels, const Affine& affine, const C* gate, C* out,
+                          int64_t stride);
+
+template <class C, int A>
+void activate_tile(Tile<C> in, int64_t pixels, int64_t channels, const Affine& affine, const C* gate, C* out,
+                   int64_t stride) {
+  constexpr int V = kLanes<C>;
+  for (int64_t c = 0; c < channels; c += V) {
+    const int lanes = static_cast<int>(min64(channels - c, V));
+    const Scale<C> scale = Scale<C>::lanes(affine, c, lanes);
+    const Vec<C> g = lanes_of<C>(gate, c, lanes, 1);
+    for (int64_t i = 0; i < pixels; ++i)
+      store(out + i * stride + c, activate<A>(scale(load(in.data + i * in.stride + c))) * g);
+  }
+}
+
+template <class T>
+struct PointwiseScratch {
+  using C = compute_t<T>;
+  int64_t x_stride, panel = kPanelVectors * kLanes<C>, x_size, out_size, vectors;
+
+  explicit PointwiseScratch(const PointwiseParams& p)
+      : x_stride(round_up<C>(p.x.c)), x_size(p.tile_pixels * x_stride), out_size(p.tile_pixels * panel),
+        vectors(ceil_div(p.y.c, kLanes<C>)) {}
+  int64_t bytes() const { return (x_size + 2 * out_size) * sizeof(C) + vectors * sizeof(Sums<C>); }
+};
+
+template <class T>
+void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const PointwiseScratch<T> layout(p);
+  C* x_buffer = static_cast<C*>(scratch);
+  C* out = x_buffer + layout.x_size;
+  C* residual = out + layout.out_size;
+  Sums<C>* sums = reinterpret_cast<Sums<C>*>(residual + layout.out_size);
+  const int64_t n = unit / p.bands, begin = unit % p.bands * p.band_pixels, map = p.y.h * p.y.w;
+  const int64_t end = min64(begin + p.band_pixels, map);
+  const C* gate = p.gate ? static_cast<const C*>(p.gate) + n * p.x.c : nullptr;
+  const bool plain = !p.prologue.scale && p.prologue.activation == kIdentity && !gate;
+  const Panels<C> panels(p.y.c);
+  Activate<C> activate_x = nullptr;
+  with_activation(p.prologue.activation, [&](auto act) { activate_x = &activate_tile<C, act>; });
+  for (int64_t v = 0; v < layout.vectors; ++v) sums[v] = Sums<C>{};
+
+  for (int64_t first = begin; first < end; first += p.tile_pixels) {
+    const int64_t pixels = min64(p.tile_pixels, end - first);
+    Tile<C> x = load_tile<T>(p.x, n, first, pixels, 0, p.x.c, x_buffer);
+    if (!plain) {
+      activate_x(x, pixels, p.x.c, p.prologue, gate, x_buffer, layout.x_stride);
+      x = {x_buffer, layout.x_stride};
+    }
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t c = panels.begin(i) * V, channels = min64(panels.vectors(i) * V, p.y.c - c);
+      multiply<C>({x.data, x.stride, 1, p.x.c}, pixels, static_cast<const C*>(p.packed) + panels.offset(i, p.x.c),
+                  panels.vectors(i), out, layout.panel, V);
+      Tile<C> added{};
+      if (p.residual.data) added = load_tile<T>(p.residual, n, first, pixels, c, channels, residual);
+      for (int64_t j = 0; j < channels; j += V) {
+        const Vec<C> bias = lanes_of<C>(p.bias, c + j, static_cast<int>(min64(channels - j, V)), 0);
+        Sums<C>& s = sums[(c + j) / V];
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+          C* at = out + pixel * layout.panel + j;
+          Vec<C> y = load(at) + bias;
+          if (added.data) y += load(added.data + pixel * added.stride + j);
+          store(at, y);
+          if (p.reduce == Reduce::kNone) continue;
+          y = rounded<T>(y);
+          if (first == begin && pixel == 0) s.origin = origin_of<C>(p.reduce, y);
+          y -= s.origin;
+          s.run_sum += y;
+          s.run_square += y * y;
+          if ((pixel + 1) % kRun == 0) s.end_run();
+        }
+        s.end_run();
+      }
+      store_tile<T>(p.y, n, first, pixels, c, channels, out, layout.panel);
+    }
+  }
+  if (p.reduce == Reduce::kNone) return;
+  for (int64_t c = 0; c < p.y.c; ++c) {
+    const Sums<C>& s = sums[c / V];
+    write_partial(p.partials, p.reduce, p.y.c, unit, c, s.origin[c % V], s.sum[c % V], s.square[c % V],
+                  static_cast<double>(end - begin));
+  }
+}
+
+template <class T>
+void plan_forward(PointwiseParams& p) {
+  using C = compute_t<T>;
+  const int64_t map = p.y.h * p.y.w;
+  p.tile_pixels = tile_pixels<C>(p.x.c, map);
+  const int64_t tiles = ceil_div(map, p.tile_pixels), wanted = ceil_div(kMinUnits, max64(p.x.n, 1));
+  p.band_pixels = ceil_div(tiles, min64(tiles, wanted)) * p.tile_pixels;
+  p.bands = ceil_div(map, p.band_pixels);
+  p.units = p.x.n * p.bands;
+  p.packed_size = packed_size<C>(p.y.c, p.x.c) * sizeof(C);
+  p.scratch_size = PointwiseScratch<T>(p).bytes();
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardScratch {
+  using C = compute_t<T>;
+  static constexpr int64_t panel = kPanelVectors * kLanes<C>;
+  int64_t dy_stride, dy_size, panel_size;
+
+  explicit BackwardScratch(const PointwiseBackwardParams& p)
+      : dy_stride(round_up<C>(p.y.c)), dy_size(p.tile_pixels * dy_stride), panel_size(p.tile_pixels * panel) {}
+  int64_t bytes() const { return (2 * dy_size + 3 * panel_size + dy_stride * panel) * sizeof(C); }
+};
+
+// dy of a tile: what is left of the gradient before the BatchNorm after y.
+template <class T>
+void gradient_tile(const PointwiseBackwardParams& p, int64_t n, int64_t first, int64_t pixels, compute_t<T>* dy,
+                   int64_t stride, compute_t<T>* buffer) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const Tile<C> grad = load_tile<T>(p.grad, n, first, pixels, 0, p.y.c, dy);
+  Tile<C> y{};
+  if (p.after.slope) y = load_tile<T>(p.y, n, first, pixels, 0, p.y.c, buffer);
+  const C* scales = p.scale ? static_cast<const C*>(p.scale) + n * p.y.c : nullptr;
+  for (int64_t c = 0; c < p.y.c; c += V) {
+    const int lanes = static_cast<int>(min64(p.y.c - c, V));
+    const Vec<C> factor = lanes_of<C>(p.after.scale, c, lanes, 1) * lanes_of<C>(scales, c, lanes, 1);
+    const Vec<C> mean = lanes_of<C>(p.after.mean, c, lanes, 0), slope = lanes_of<C>(p.after.slope, c, lanes, 0);
+    const Vec<C> constant = lanes_of<C>(p.after.constant, c, lanes, 0);
+    for (int64_t i = 0; i < pixels; ++i) {
+      Vec<C> d = load(grad.data + i * grad.stride + c) * factor;
+      if (y.data) d += (load(y.data + i * y.stride + c) - mean) * slope + constant;
+      store(dy + i * stride + c, d);
+    }
+  }
+}
+
+// Of a panel of `channels` from c on: h * gate, and the sums [3][C] of g * h, g * act' and g * act' * (x - mean) where
+// `g` is given.
+template <class C>
+using Panel = void (*)(const NormBackward& norm, const C* gate, int64_t c, int64_t channels, Tile<C> x, const C* g,
+                       int64_t pixels, C* h, int64_t stride, C* sums, int64_t sums_stride);
+
+template <class C, int A>
+void activate_panel(const NormBackward& norm, const C* gate, int64_t c, int64_t channels, Tile<C> x, const C* g,
+                    int64_t pixels, C* h, int64_t stride, C* sums, int64_t sums_stride) {
+  constexpr int V = kLanes<C>;
+  for (int64_t j = 0; j < channels; j += V) {
+    const int lanes = static_cast<int>(min64(channels - j, V));
+    const Vec<C> scale = lanes_of<C>(norm.scale, c + j, lanes, 1), shift = lanes_of<C>(norm.shift, c + j, lanes, 0);
+    const Vec<C> mean = lanes_of<C>(norm.mean, c + j, lanes, 0), gates = lanes_of<C>(gate, c + j, lanes, 1);
+    Vec<C> of_h{}, of_slope{}, of_x{};
+    for (int64_t i = 0; i < pixels; ++i) {
+      const Vec<C> value = load(x.data + i * x.stride + j);
+      Vec<C> activated, slope;
+      activate_with_slope<A>(value * scale + shift, activated, slope);
+      store(h + i * stride + j, activated * gates);
+      if (!g) continue;
+      const Vec<C> grad = load(g + i * stride + j);
+      of_h += grad * activated;
+      of_slope += grad * slope;
+      of_x += grad * slope * (value - mean);
+    }
+    if (!g) continue;
+    store_n(sums + c + j, of_h, lanes);
+    store_n(sums + sums_stride + c + j, of_slope, lanes);
+    store_n(sums + 2 * sums_stride + c + j, of_x, lanes);
+  }
+}
+
+template <class T>
+void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const BackwardScratch<T> layout(p);
+  const int64_t outputs = p.y.c, channels = p.x.c, padded = round_up<C>(channels), map = p.x.h * p.x.w;
+  const int64_t panel = layout.panel;
+  C* dy = static_cast<C*>(scratch);
+  C* y_buffer = dy + layout.dy_size;
+  C* x_buffer = y_buffer + layout.dy_size;
+  C* g = x_buffer + layout.panel_size;
+  C* h = g + layout.panel_size;
+  C* product = h + layout.panel_size;  // [O][panel]
+  C* products = static_cast<C*>(p.products) + unit * outputs * padded;
+  const Panels<C> panels(channels);
+  Panel<C> activate_x = nullptr;
+  with_activation(p.before.activation, [&](auto act) { activate_x = &activate_panel<C, act>; });
+  const int64_t tiles = p.x.n * p.image_tiles, begin = unit * tiles / p.units, end = (unit + 1) * tiles / p.units;
+  if (p.need_weight)
+    for (int64_t i = 0; i < outputs * padded; i += V) store(products + i, Vec<C>{});
+
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t n = tile / p.image_tiles, first = tile % p.image_tiles * p.tile_pixels;
+    const int64_t pixels = min64(p.tile_pixels, map - first);
+    const C* gate = p.gate ? static_cast<const C*>(p.gate) + n * channels : nullptr;
+    C* sums = static_cast<C*>(p.sums) + tile * 3 * channels;
+    gradient_tile<T>(p, n, first, pixels, dy, layout.dy_stride, y_buffer);
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t c = panels.begin(i) * V, here = min64(panels.vectors(i) * V, channels - c);
+      const int vectors = panels.vectors(i);
+      if (p.grad_gated.data) {
+        multiply<C>({dy, layout.dy_stride, 1, outputs}, pixels, static_cast<const C*>(p.packed) + c * outputs, vectors, g,
+                    panel, V);
+        store_tile<T>(p.grad_gated, n, first, pixels, c, here, g, panel);
+        if (sizeof(T) < sizeof(C))
+          for (int64_t j = 0; j < pixels * panel; j += V) store(g + j, rounded<T>(load(g + j)));
+      }
+      const Tile<C> x = load_tile<T>(p.x, n, first, pixels, c, here, x_buffer);
+      activate_x(p.before, gate, c, here, x, p.grad_gated.data ? g : nullptr, pixels, h, panel, sums, channels);
+      if (!p.need_weight) continue;
+      // The panel of h as the packed operand: [pixels][vectors][lanes].
+      if (vectors < kPanelVectors)
+        for (int64_t j = 0; j < pixels; ++j)
+          for (int v = 0; v < vectors; ++v) store(h + (j * vectors + v) * V, load(h + j * panel + v * V));
+      multiply<C>({dy, 1, layout.dy_stride, pixels}, outputs, h, vectors, product, panel, V);
+      for (int64_t o = 0; o < outputs; ++o)
+        for (int v = 0; v < vectors; ++v) {
+          C* at = products + o * padded + c + v * V;
+          store(at, load(at) + load(product + o * panel + v * V));
+        }
+    }
+  }
+}
+
+template <class T>
+void plan_backward(PointwiseBackwardParams& p) {
+  using C = compute_t<T>;
+  constexpr int64_t kProducts = 1 << 21, kMinBackwardUnits = 4;
+  const int64_t map = p.x.h * p.x.w;
+  p.tile_pixels = tile_pixels<C>(p.y.c, map);
+  p.image_tiles = ceil_div(map, p.tile_pixels);
+  const int64_t wanted = max64(min64(kProducts / (p.y.c * p.x.c), kMinUnits), kMinBackwardUnits);
+  p.units = min64(p.x.n * p.image_tiles, wanted);
+  p.packed_size = p.grad_gated.data ? packed_size<C>(p.x.c, p.y.c) * sizeof(C) : 0;
+  p.scratch_size = BackwardScratch<T>(p).bytes();
+  p.products_size = p.need_weight ? p.units * p.y.c * round_up<C>(p.x.c) * sizeof(C) : 0;
+}
+
+// The weight [depth, columns] as `pack_weight` leaves its transpose.
+template <class T>
+void pack_backward(const PointwiseBackwardParams& p) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const int64_t columns = p.x.c, depth = p.y.c;
+  const Panels<C> panels(columns);
+  C* out = static_cast<C*>(p.packed);
+  for (int64_t i = 0; i < panels.count; ++i)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int v = 0; v < panels.vectors(i); ++v, out += V) {
+        const int64_t column = (panels.begin(i) + v) * V;
+        store(out, load_n(static_cast<const T*>(p.weight) + k * columns + column,
+                          static_cast<int>(min64(columns - column, V))));
+      }
+}
+
+}  // namespace
+
+namespace EFFK_ISA {
+
+void pointwise_plan(PointwiseParams& p) {
+  with_storage(p.dtype, [&](auto storage) { plan_forward<decltype(storage)>(p); });
+}
+
+void pointwise_pack(const PointwiseParams& p) {
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    pack_weight(static_cast<const T*>(p.weight), p.y.c, p.x.c, static_cast<compute_t<T>*>(p.packed));
+  });
+}
+
+void pointwise_run(const PointwiseParams& p, int64_t first, int64_t last, void* scratch) {
+  with_storage(p.dtype, [&](auto storage) {
+    for (int64_t i = first; i < last; ++i) run_forward<decltype(storage)>(p, i, scratch);
+  });
+}
+
+void pointwise_backward_plan(PointwiseBackwardParams& p) {
+  with_storage(p.dtype, [&](auto storage) { plan_backward<decltype(storage)>(p); });
+}
+
+void pointwise_backward_pack(const PointwiseBackwardParams& p) {
+  if (!p.grad_gated.data) return;
+  with_storage(p.dtype, [&](auto storage) { pack_backward<decltype(storage)>(p); });
+}
+
+void pointwise_backward_run(const PointwiseBackwardParams& p, int64_t first, int64_t last, void* scratch) {
+  with_storage(p.dtype, [&](auto storage) {
+    for (int64_t i = first; i < last; ++i) run_backward<decltype(storage)>(p, i, scratch);
+  });
+}
+
+}  // namespace EFFK_ISA
+}  // namespace effk

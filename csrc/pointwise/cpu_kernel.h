@@ -1,0 +1,62 @@
+// The 1x1 convolution on the CPU, forward and backward, with what is applied on load and what is summed on store.
+#pragma once
+
+#include "common/cpu_isa.h"
+#include "common/types.h"
+
+namespace effk {
+
+// y = weight (act(scale x + shift) * gate) + bias + residual
+struct PointwiseParams {
+  Dtype dtype;
+  Map x, y, residual;  // residual.data may be null
+  const void* weight;  // [O, C], dense, of `dtype`
+  Affine prologue;     // [C], of compute_t
+  const void* gate;    // [N, C], of compute_t, or null
+  const void* bias;    // [O], of compute_t, or null
+  Reduce reduce;
+
+  // How the work is cut, filled in by pointwise_plan. A unit is a band of pixels of one image.
+  int64_t tile_pixels, band_pixels, bands;
+  int64_t units;
+  int64_t packed_size, scratch_size;  // bytes; scratch is per thread
+
+  void* packed;
+  double* partials;  // [N, bands, 2, O], as in map_pass
+};
+
+struct PointwiseBackwardParams {
+  Dtype dtype;
+  Map grad, y;         // [N, O, H, W]
+  Map x;               // [N, C, H, W]
+  Map grad_gated;      // like x, dense; null: not needed
+  const void* weight;  // [O, C], dense, of `dtype`
+  const void* scale;   // [N, O], of compute_t, or null
+  NormBackward after;  // of y, to which the gradient goes back first
+  NormBackward before;
+  const void* gate;  // [N, C], of compute_t, or null
+  bool need_weight;
+
+  // A unit is a run of tiles, each of pixels of one image; units share the tiles evenly.
+  int64_t tile_pixels, image_tiles;
+  int64_t units;
+  int64_t packed_size, scratch_size, products_size;  // bytes
+
+  void* packed;
+  void* sums;      // [N, image_tiles, 3, C], of compute_t
+  void* products;  // [units][O][C padded to whole vectors], of compute_t: dy (h * gate)^T
+};
+
+#define EFFK_DECLARE(isa)                                                                                            \
+  namespace isa {                                                                                                    \
+  void pointwise_plan(PointwiseParams& params);                                                                      \
+  void pointwise_pack(const PointwiseParams& params);                                                                \
+  void pointwise_run(const PointwiseParams& params, int64_t first_unit, int64_t last_unit, void* scratch);           \
+  void pointwise_backward_plan(PointwiseBackwardParams& params);                                                     \
+  void pointwise_backward_pack(const PointwiseBackwardParams& params);                                               \
+  void pointwise_backward_run(const PointwiseBackwardParams& params, int64_t first_unit, int64_t last_unit, void*);  \
+  }
+EFFK_EACH_ISA(EFFK_DECLARE)
+#undef EFFK_DECLARE
+
+}  // namespace effk
