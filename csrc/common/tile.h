@@ -34,9 +34,9 @@ Tile<compute_t<T>> load_tile(const Map& m, int64_t n, int64_t first, int64_t cou
   constexpr int V = kLanes<C>;
   const T* data = static_cast<const T*>(m.data) + c * m.stride_c;
   if constexpr (std::is_same_v<T, C>) {
-    const bool even = m.h == 1 || m.stride_h == m.w * m.stride_w;
+    const bool even = m.h == 1 || m.stride_h == m.w * m.stride_w || first % m.w + count <= m.w;
     if (stride == 0 && even && m.stride_c == 1 && channels % V == 0)
-      return {data + n * m.stride_n + first * m.stride_w, m.stride_w};
+      return {data + n * m.stride_n + first / m.w * m.stride_h + first % m.w * m.stride_w, m.stride_w};
   }
   if (stride == 0) stride = round_up<C>(channels);
   for_runs(m, n, first, count, [&](int64_t pixel, int64_t offset, int64_t length) {

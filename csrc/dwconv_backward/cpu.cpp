@@ -1,0 +1,102 @@
+// effkernels::dwconv_backward.cpp, the backward of the depthwise convolution on the CPU.
+#include "common/cpu_tensor.h"
+#include "cpu_kernel.h"
+
+namespace effk {
+namespace {
+
+// The sum over `parts` partial results [rows, padded], in a fixed order and in double: f(row, channel, sum).
+template <class F>
+void merge_parts(Dtype dtype, const void* data, int64_t parts, int64_t rows, int64_t padded, int64_t channels, F f) {
+  const auto merge = [&](auto* values) {
+    std::vector<double> total(padded);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t c = 0; c < channels; ++c) total[c] += values[(part * rows + row) * padded + c];
+      for (int64_t c = 0; c < channels; ++c) f(row, c, total[c]);
+    }
+  };
+  dtype == Dtype::kFloat64 ? merge(static_cast<const double*>(data)) : merge(static_cast<const float*>(data));
+}
+
+// Writes element `i` of a tensor of statistics.
+void set(const Tensor& t, int64_t i, double value) {
+  void* data = t.mutable_data_ptr();
+  if (t.scalar_type() == ScalarType::Double) static_cast<double*>(data)[i] = value;
+  else static_cast<float*>(data)[i] = static_cast<float>(value);
+}
+
+std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
+    const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& y, const Tensor& mean2,
+    const Tensor& var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
+    std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x, std::optional<Tensor> mean1,
+    std::optional<Tensor> var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1, int64_t act1,
+    int64_t stride, int64_t pad_top, int64_t pad_left, bool need_input, bool need_weight) {
+  const Dtype dtype = dtype_of(x);
+  const Map map = map_of(x), raw = map_of(y, "y");
+  const int64_t c = map.c, k = weight.size(2);
+  require(weight.scalar_type() == x.scalar_type() && has_shape(weight, {c, 1, k, k}) && (k == 3 || k == 5 || k == 7),
+          "effkernels::dwconv_backward: weight must be [C, 1, k, k] with k 3, 5 or 7, of the dtype of x");
+  require(stride == 1 || stride == 2, "effkernels::dwconv_backward: stride must be 1 or 2");
+  require(pad_top >= 0 && pad_left >= 0, "effkernels::dwconv_backward: padding must not be negative");
+  require(raw.n == map.n && raw.c == c && y.scalar_type() == x.scalar_type(),
+          "effkernels::dwconv_backward: y must have the batch, channels and dtype of x");
+  require(has_shape(grad, {raw.n, c, raw.h, raw.w}) && grad.scalar_type() == x.scalar_type(),
+          "effkernels::dwconv_backward: grad must have the shape and dtype of y");
+  const BackwardNormVectors after(mean2, var2, gamma2, beta2, eps2, act2, grad_means, dtype, c);
+  const BackwardNormVectors before(mean1, var1, gamma1, beta1, eps1, act1, std::nullopt, dtype, c);
+  const auto scales = dense_vector(scale, {map.n, c}, x, "effkernels::dwconv_backward: scale");
+  const auto shifts = dense_vector(shift, {map.n, c}, x, "effkernels::dwconv_backward: shift");
+  const Tensor filter = torch::stable::contiguous(weight);
+  const ScalarType wide = statistics_dtype(x);
+  const bool need_sums = need_input && mean1;
+  const Tensor grad_norm =
+      need_input ? empty_map(x, map.h, map.w, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
+  const int64_t weight_strides[] = {k * k, k * k, k, 1};
+  const Tensor grad_weight =
+      need_weight ? empty_strided(x, {c, 1, k, k}, weight_strides, wide) : empty_vector(x, 0, wide);
+  const Tensor sums = need_sums ? empty_matrix(x, 2, c, wide) : empty_vector(x, 0, wide);
+
+  DwconvBackwardParams p{};
+  p.dtype = dtype;
+  p.grad = map_of(grad, "grad");
+  p.y = raw;
+  p.x = map;
+  if (need_input) p.grad_norm = map_of(grad_norm);
+  p.weight = filter.const_data_ptr();
+  p.kernel_size = static_cast<int32_t>(k);
+  p.stride = static_cast<int32_t>(stride);
+  p.pad_top = pad_top;
+  p.pad_left = pad_left;
+  p.scale = data_of(scales);
+  p.shift = data_of(shifts);
+  p.after = after.vectors();
+  p.before = before.vectors();
+  p.need_weight = need_weight;
+
+  EFFK_CPU_FUNCTION(dwconv_backward_plan)(p);
+  p.packed = scratch<0>(p.packed_size);
+  p.products = scratch<2>(p.products_size);
+  const int64_t parts = map.n * p.bands;
+  if (need_sums) p.sums = scratch<3>(parts * 2 * p.padded * compute_size(dtype));
+  EFFK_CPU_FUNCTION(dwconv_backward_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(dwconv_backward_run);
+  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.scratch_size));
+  });
+
+  if (need_weight)
+    merge_parts(dtype, p.products, parts, k * k, p.padded, c,
+                [&](int64_t tap, int64_t channel, double sum) { set(grad_weight, channel * k * k + tap, sum); });
+  if (need_sums)
+    merge_parts(dtype, p.sums, parts, 2, p.padded, c, [&](int64_t row, int64_t channel, double sum) {
+      set(sums, row * c + channel, row == 1 ? sum * before.rstd()[channel] : sum);
+    });
+  return {grad_norm, grad_weight, sums};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) { m.impl("dwconv_backward.cpp", TORCH_BOX(&dwconv_backward)); }
+
+}  // namespace
+}  // namespace effk
