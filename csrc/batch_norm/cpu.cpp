@@ -1,5 +1,6 @@
-// effkernels::bn_statistics.cpp and effkernels::bn_apply.cpp, BatchNorm on the CPU.
+// The BatchNorm phases on the CPU.
 #include "../map_pass/cpu.h"
+#include "cpu_kernel.h"
 
 namespace effk {
 namespace {
@@ -15,9 +16,84 @@ std::tuple<Tensor, Tensor> bn_apply(const Tensor& x, const Tensor& mean, const T
   return {*y, sums ? *sums : empty_vector(x, 0, statistics_dtype(x))};
 }
 
+// Runs a pass whose maps and vectors are set. The partial sums stay in this thread's scratch memory.
+void run_norm_pass(NormPassParams& p) {
+  EFFK_CPU_FUNCTION(norm_pass_plan)(p);
+  p.sums = scratch<2>(p.units * p.sums_count * p.padded * compute_size(p.dtype));
+  const auto run = EFFK_CPU_FUNCTION(norm_pass_run);
+  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+    run(p, begin, end, scratch<1>(p.scratch_size));
+  });
+}
+
+Tensor bn_pool(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> gamma,
+               std::optional<Tensor> beta, double eps, int64_t act, bool slopes) {
+  NormPassParams p{};
+  p.kind = slopes ? NormPassParams::kPool : NormPassParams::kPoolOnly;
+  p.dtype = dtype_of(x);
+  p.x = map_of(x);
+  const BackwardNormVectors norm(mean, var, gamma, beta, eps, act, std::nullopt, p.dtype, p.x.c);
+  p.norm = norm.vectors();
+  run_norm_pass(p);
+  const int64_t strides[] = {p.x.n * p.x.c, p.x.c, 1};
+  const Tensor out = empty_strided(x, {p.sums_count, p.x.n, p.x.c}, strides, statistics_dtype(x));
+  const double area = static_cast<double>(p.x.h * p.x.w);
+  const int64_t image = p.bands * p.sums_count * p.padded * compute_size(p.dtype);
+  for (int64_t n = 0; n < p.x.n; ++n)
+    merge_parts(p.dtype, static_cast<char*>(p.sums) + n * image, p.bands, p.sums_count, p.padded, p.x.c,
+                [&](int64_t row, int64_t c, double sum) {
+                  const double value = row == 0 ? sum / area : row == 2 ? sum * norm.rstd()[c] : sum;
+                  set_value(out, (row * p.x.n + n) * p.x.c + c, value);
+                });
+  return out;
+}
+
+Tensor bn_residual(const Tensor& x, const Tensor& mean, const Tensor& var, std::optional<Tensor> gamma,
+                   std::optional<Tensor> beta, double eps, std::optional<Tensor> scale,
+                   std::optional<Tensor> residual) {
+  NormPassParams p{};
+  p.kind = NormPassParams::kResidual;
+  p.dtype = dtype_of(x);
+  p.x = map_of(x);
+  const BackwardNormVectors norm(mean, var, gamma, beta, eps, kIdentity, std::nullopt, p.dtype, p.x.c);
+  p.norm = norm.vectors();
+  const auto factor = dense_vector(scale, {p.x.n, p.x.c}, x, "effkernels::bn_residual: scale");
+  p.factor = data_of(factor);
+  if (residual) p.other = map_like(*residual, x, "effkernels::bn_residual: residual");
+  const Tensor y = empty_map(x, p.x.h, p.x.w, is_channels_last(x));
+  p.y = map_of(y);
+  run_norm_pass(p);
+  return y;
+}
+
+Tensor bn_backward_sums(const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& x,
+                        const Tensor& mean, const Tensor& var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                        double eps, int64_t act) {
+  NormPassParams p{};
+  p.kind = NormPassParams::kBackwardSums;
+  p.dtype = dtype_of(x);
+  p.x = map_of(x);
+  p.other = map_like(grad, x, "effkernels::bn_backward_sums: grad");
+  const BackwardNormVectors norm(mean, var, gamma, beta, eps, act, std::nullopt, p.dtype, p.x.c);
+  p.norm = norm.vectors();
+  const auto factor = dense_vector(scale, {p.x.n, p.x.c}, x, "effkernels::bn_backward_sums: scale");
+  const auto added = dense_vector(shift, {p.x.n, p.x.c}, x, "effkernels::bn_backward_sums: shift");
+  p.factor = data_of(factor);
+  p.added = data_of(added);
+  run_norm_pass(p);
+  const Tensor out = empty_matrix(x, 2, p.x.c, statistics_dtype(x));
+  merge_parts(p.dtype, p.sums, p.units, 2, p.padded, p.x.c, [&](int64_t row, int64_t c, double sum) {
+    set_value(out, row * p.x.c + c, row == 1 ? sum * norm.rstd()[c] : sum);
+  });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   m.impl("bn_statistics.cpp", TORCH_BOX(&bn_statistics));
   m.impl("bn_apply.cpp", TORCH_BOX(&bn_apply));
+  m.impl("bn_pool.cpp", TORCH_BOX(&bn_pool));
+  m.impl("bn_residual.cpp", TORCH_BOX(&bn_residual));
+  m.impl("bn_backward_sums.cpp", TORCH_BOX(&bn_backward_sums));
 }
 
 }  // namespace

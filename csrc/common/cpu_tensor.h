@@ -173,6 +173,14 @@ class BackwardNormVectors {
   std::vector<char> values_;
 };
 
+// A map with the shape and dtype of another.
+inline Map map_like(const Tensor& t, const Tensor& other, const char* name) {
+  const auto a = t.sizes(), b = other.sizes();
+  require(std::equal(a.begin(), a.end(), b.begin(), b.end()) && t.scalar_type() == other.scalar_type(),
+          std::string(name) + " has the wrong shape or dtype");
+  return map_of(t, name);
+}
+
 // A small vector or matrix that may be missing, dense and in the dtype of statistics.
 inline std::optional<Tensor> dense_vector(const std::optional<Tensor>& t, std::initializer_list<int64_t> shape,
                                           const Tensor& x, const char* name) {
@@ -200,6 +208,28 @@ void* scratch(size_t bytes) {
     buffer.size = size;
   }
   return buffer.data.get();
+}
+
+// The sum over `parts` partial results [rows, padded], in a fixed order and in double: f(row, channel, sum).
+template <class F>
+void merge_parts(Dtype dtype, const void* data, int64_t parts, int64_t rows, int64_t padded, int64_t channels, F f) {
+  const auto merge = [&](auto* values) {
+    std::vector<double> total(padded);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t c = 0; c < channels; ++c) total[c] += values[(part * rows + row) * padded + c];
+      for (int64_t c = 0; c < channels; ++c) f(row, c, total[c]);
+    }
+  };
+  dtype == Dtype::kFloat64 ? merge(static_cast<const double*>(data)) : merge(static_cast<const float*>(data));
+}
+
+// Writes element `i` of a dense tensor of statistics.
+inline void set_value(const Tensor& t, int64_t i, double value) {
+  void* data = t.mutable_data_ptr();
+  if (t.scalar_type() == ScalarType::Double) static_cast<double*>(data)[i] = value;
+  else static_cast<float*>(data)[i] = static_cast<float>(value);
 }
 
 // Merges the partial sums [n, bands, 2, c] of a kernel, in a fixed order: a mean over each image's map [n, c], or

@@ -5,28 +5,6 @@
 namespace effk {
 namespace {
 
-// The sum over `parts` partial results [rows, padded], in a fixed order and in double: f(row, channel, sum).
-template <class F>
-void merge_parts(Dtype dtype, const void* data, int64_t parts, int64_t rows, int64_t padded, int64_t channels, F f) {
-  const auto merge = [&](auto* values) {
-    std::vector<double> total(padded);
-    for (int64_t row = 0; row < rows; ++row) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t part = 0; part < parts; ++part)
-        for (int64_t c = 0; c < channels; ++c) total[c] += values[(part * rows + row) * padded + c];
-      for (int64_t c = 0; c < channels; ++c) f(row, c, total[c]);
-    }
-  };
-  dtype == Dtype::kFloat64 ? merge(static_cast<const double*>(data)) : merge(static_cast<const float*>(data));
-}
-
-// Writes element `i` of a tensor of statistics.
-void set(const Tensor& t, int64_t i, double value) {
-  void* data = t.mutable_data_ptr();
-  if (t.scalar_type() == ScalarType::Double) static_cast<double*>(data)[i] = value;
-  else static_cast<float*>(data)[i] = static_cast<float>(value);
-}
-
 std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
     const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& y, const Tensor& mean2,
     const Tensor& var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
@@ -88,10 +66,10 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
 
   if (need_weight)
     merge_parts(dtype, p.products, parts, k * k, p.padded, c,
-                [&](int64_t tap, int64_t channel, double sum) { set(grad_weight, channel * k * k + tap, sum); });
+                [&](int64_t tap, int64_t channel, double sum) { set_value(grad_weight, channel * k * k + tap, sum); });
   if (need_sums)
     merge_parts(dtype, p.sums, parts, 2, p.padded, c, [&](int64_t row, int64_t channel, double sum) {
-      set(sums, row * c + channel, row == 1 ? sum * before.rstd()[channel] : sum);
+      set_value(sums, row * c + channel, row == 1 ? sum * before.rstd()[channel] : sum);
     });
   return {grad_norm, grad_weight, sums};
 }

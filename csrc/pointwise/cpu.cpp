@@ -5,12 +5,6 @@
 namespace effk {
 namespace {
 
-Map map_like(const Tensor& t, const Tensor& y, const char* name) {
-  require(t.scalar_type() == y.scalar_type() && std::equal(t.sizes().begin(), t.sizes().end(), y.sizes().begin()),
-          std::string(name) + " must have the shape and dtype of the output");
-  return map_of(t, name);
-}
-
 std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
                                      std::optional<Tensor> var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
                                      double eps, int64_t act, std::optional<Tensor> gate, std::optional<Tensor> bias,
