@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from effkernels import backends
 from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
-from effkernels.ops import bn_act, dwconv_bn_swish, squeeze_excite
+from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
 from effkernels.ops.mbconv_inference import Convolution, Gate, PackedBlock, mbconv_inference
+from effkernels.ops.mbconv import Stage
+from effkernels.ops.mbconv.op import BACKENDS as MBCONV_BACKENDS
 
 
 class Fused(nn.Module):
@@ -99,6 +101,8 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     inference = fixed and not (
         torch.is_grad_enabled() and (x.requires_grad or parts.requires_grad(block.layers(), block.se))
     )
+    if not inference and _is_mbconv(block) and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV_BACKENDS):
+        return _train_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
     if inference and depthwise is not None and project is not None and backends.takes("cpp", x):
         return _run_whole(block, x)
@@ -140,9 +144,7 @@ def block_arguments(block: Block) -> dict[str, Any]:
     return {
         "expand": None if expand is None else _convolution(expand),
         "depthwise": _convolution(depthwise),
-        "gate": None
-        if se is None
-        else Gate(se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias, se.activation, se.gate),
+        "gate": None if se is None else _gate(se),
         "project": _convolution(project),
         "stride": depthwise.conv.stride[0],
         "padding": parts.padding(depthwise.conv),
@@ -154,6 +156,47 @@ def _convolution(layer: Layer) -> Convolution:
     if layer.conv.bias is not None:
         norm = norm._replace(running_mean=norm.running_mean - layer.conv.bias)
     return Convolution(layer.conv.weight, norm)
+
+
+def _is_mbconv(block: Block) -> bool:
+    expand, depthwise, _, project = block[:4]
+    return depthwise is not None and project is not None and (expand is None or parts.is_pointwise(expand.conv))
+
+
+def _train_mbconv(block: Block, x: Tensor) -> Tensor:
+    expand, depthwise, se, project, drop_path, shortcut = block
+    assert depthwise is not None and project is not None
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype not in (torch.float64, torch.get_autocast_dtype(device))
+    # Under autocast a shortcut may be wider than the branch; `shortcut` knows the dtype of their sum.
+    residual = shortcut is not None and not cast and parts.scales_images(drop_path)
+    y = mbconv(
+        x,
+        None if expand is None else _stage(expand),
+        _stage(depthwise),
+        None if se is None else _gate(se),
+        _stage(project),
+        stride=depthwise.conv.stride[0],
+        padding=parts.padding(depthwise.conv),
+        scale=_image_factors(drop_path, x) if residual else None,
+        residual=residual,
+    )
+    return y if shortcut is None or residual else shortcut(drop_path(y), x)
+
+
+def _stage(layer: Layer) -> Stage:
+    return Stage(layer.conv.weight, layer.conv.bias, **_norm(layer.bn), activation=layer.activation)
+
+
+def _gate(se: SE) -> Gate:
+    return Gate(se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias, se.activation, se.gate)
+
+
+def _image_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """What stochastic depth multiplies each image by, [N], drawn as if it were applied to the branch; None: nothing."""
+    ones = x.new_ones((x.shape[0], 1, 1, 1))
+    factors = drop_path(ones)
+    return None if factors is ones else factors.flatten()
 
 
 def run_conv(layer: Layer, x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ ACTIVATIONS: dict[type, str] = {
 }
 DROP_PATHS: set[type] = {DropPath, nn.Identity}
 GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+# What multiplies each image by a factor that does not depend on it.
+DROP_PATHS: set[type] = {nn.Identity, DropPath}
 
 
 class Unfusable(Exception):
@@ -117,10 +119,22 @@ def conv(module: nn.Module) -> nn.Conv2d:
 def pointwise(module: nn.Module) -> nn.Conv2d:
     """A 1x1 convolution, whose BatchNorm may be folded into its weight."""
     found = conv(module)
-    geometry = found.kernel_size, found.stride, found.padding, found.groups
-    if geometry != ((1, 1), (1, 1), (0, 0), 1):
+    if not is_pointwise(found):
         raise Unfusable(module, "is not a plain 1x1 convolution")
     return found
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def scales_images(drop_path: nn.Module) -> bool:
+    """Whether `drop_path` may be replaced by the factors that it gives to ones: it is known, and nobody watches it."""
+    try:
+        own(drop_path, *DROP_PATHS)
+    except Unfusable:
+        return False
+    return True
 
 
 def depthwise_layer(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Layer:

@@ -10,10 +10,18 @@ from torch import Tensor
 from effkernels.ops._geometry import covered, extra_padding
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.op import BN_APPLY, Reduce, bn_act_backward, fake_sums, statistics_dtype
+from effkernels.ops.batch_norm.op import (
+    BN_APPLY,
+    BN_BACKWARD_SUMS,
+    Reduce,
+    bn_act_backward,
+    fake_sums,
+    statistics_dtype,
+)
 
 aten = torch.ops.aten
 NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
+BACKWARD_BACKENDS = ("cpp",)  # those that have `dwconv_backward` and `bn_backward_sums`
 
 
 def _dwconv_fake(
@@ -130,9 +138,48 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    x, weight, gamma, beta, d, stats = ctx.saved_tensors
-    need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
     grad_pooled = grad_pooled if ctx.pool else None
+    backward = _backward_by_phases if backend in BACKWARD_BACKENDS else _backward_by_library
+    return *backward(backend, ctx, grad_y, grad_pooled, *ctx.saved_tensors), *(None,) * 11
+
+
+def _backward_by_phases(
+    backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None,
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, d: Tensor, stats: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
+    if grad_y is None:
+        if grad_pooled is None:
+            return (None,) * 4
+        grad_y = d.new_zeros(()).expand_as(d)
+    area = d.shape[2] * d.shape[3]
+    shift = None if grad_pooled is None else grad_pooled / area
+    norm = (stats[0], stats[1], gamma, beta, ctx.eps, ctx.act)
+    means = grad_gamma = grad_beta = None
+    if ctx.training or need_gamma or need_beta:
+        sums = BN_BACKWARD_SUMS(backend, grad_y, None, shift, d, *norm)
+        means = sums / (d.shape[0] * area) if ctx.training else None
+        grad_beta, grad_gamma = sums
+    grad_x = grad_weight = None
+    if need_x or need_weight:
+        grad_x, grad_weight, _ = DWCONV_BACKWARD(
+            backend, grad_y, None, shift, d, *norm, means, weight, x, *NO_NORM, ctx.stride, ctx.top, ctx.left,
+            need_x, need_weight,
+        )  # fmt: skip
+    grads = (grad_x, grad_weight, grad_gamma, grad_beta)
+    needs = ctx.needs_input_grad[:4]
+    inputs = (x, weight, gamma, beta)
+    return tuple(
+        grad.to(t.dtype) if need and grad is not None and t is not None else None
+        for grad, need, t in zip(grads, needs, inputs, strict=True)
+    )
+
+
+def _backward_by_library(
+    backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None,
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, d: Tensor, stats: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
     needs = (need_x or need_weight, *need_affine)
     grad_d, grad_gamma, grad_beta = bn_act_backward(
         grad_y, grad_pooled, d, stats, gamma, beta, ctx.training, ctx.eps, ctx.act, needs
@@ -150,7 +197,7 @@ def _backward(
         )  # fmt: skip
         if need_x:
             grad_x = grad_x[:, :, :h, :w]
-    return grad_x, grad_weight, grad_gamma, grad_beta, *(None,) * 11
+    return grad_x, grad_weight, grad_gamma, grad_beta
 
 
 DWCONV_BN_ACT = Op(

@@ -13,6 +13,7 @@ from effkernels.ops.batch_norm import update_running_statistics
 from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
 from effkernels.ops.mbconv import op, reference
+from effkernels.ops.mbconv_inference import Gate
 
 _NAME = "mbconv"
 
@@ -30,17 +31,6 @@ class Stage(NamedTuple):
     momentum: float
     eps: float
     activation: str
-
-
-class Gate(NamedTuple):
-    """Squeeze-excite's layers, as for `squeeze_excite`."""
-
-    reduce_weight: Tensor
-    reduce_bias: Tensor | None
-    expand_weight: Tensor
-    expand_bias: Tensor | None
-    activation: str
-    gate: str
 
 
 def mbconv(

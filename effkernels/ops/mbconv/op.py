@@ -27,7 +27,7 @@ from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
 
 # The backends that have all the phases.
-BACKENDS: tuple[str, ...] = ("triton",)
+BACKENDS = ("cpp", "triton")
 
 
 def _forward(
