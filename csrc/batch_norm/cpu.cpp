@@ -35,7 +35,7 @@ Tensor bn_pool(const Tensor& x, const Tensor& mean, const Tensor& var, std::opti
   const BackwardNormVectors norm(mean, var, gamma, beta, eps, act, std::nullopt, p.dtype, p.x.c);
   p.norm = norm.vectors();
   run_norm_pass(p);
-  const int64_t strides[] = {p.x.n * p.x.c, p.x.c, 1};
+  const int64_t strides[] = {std::max<int64_t>(p.x.n, 1) * p.x.c, p.x.c, 1};
   const Tensor out = empty_strided(x, {p.sums_count, p.x.n, p.x.c}, strides, statistics_dtype(x));
   const double area = static_cast<double>(p.x.h * p.x.w);
   const int64_t image = p.bands * p.sums_count * p.padded * compute_size(p.dtype);

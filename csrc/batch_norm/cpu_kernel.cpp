@@ -6,6 +6,7 @@ namespace effk {
 namespace {
 
 constexpr int64_t kTileBytes = 24 << 10;  // of each map: what the first-level cache keeps
+constexpr int64_t kMaxPixels = 64;
 constexpr int64_t kBandElements = 64 << 10;
 
 // A tile of all channels of one image. `sums` [sums_count][padded] are added to; `out` is like x.
@@ -86,9 +87,9 @@ template <class C>
 void plan(NormPassParams& p) {
   const int64_t map = p.x.h * p.x.w;
   p.padded = round_up<C>(p.x.c);
-  // Whole vectors of pixels, which NCHW transposes.
+  // Whole vectors of pixels, which NCHW transposes; and few enough for a plain sum to be exact.
   const int64_t fitting = max64(kTileBytes / static_cast<int64_t>(sizeof(C)) / p.padded / kLanes<C>, 1) * kLanes<C>;
-  p.tile_pixels = min64(fitting, map);
+  p.tile_pixels = min64(min64(fitting, kMaxPixels), map);
   const int64_t tiles = max64(kBandElements / (p.tile_pixels * p.padded), 1);
   p.band_pixels = tiles * p.tile_pixels;
   p.bands = ceil_div(map, p.band_pixels);

@@ -106,8 +106,7 @@ using StageGradient = void (*)(const DwconvBackwardParams& p, const Channels& u,
 template <class C, int A>
 void stage_gradient(const DwconvBackwardParams& p, const Channels& u, Tile<C> grad, Tile<C> y, C* out, int64_t vector) {
   constexpr int V = kLanes<C>;
-  for (int64_t c = 0; c < u.count; c += V, out += vector) {
-    const int lanes = static_cast<int>(min64(u.count - c, V));
+  for_blocks<C>(p.y.w, u.count, [&](int64_t c, int lanes, int64_t begin, int64_t end) EFFK_INLINE {
     const int64_t channel = u.c + c, image = u.n * p.x.c + channel;
     const Vec<C> factor = lanes_of<C>(p.scale, image, lanes, 1), added = lanes_of<C>(p.shift, image, lanes, 0);
     const Vec<C> scale = lanes_of<C>(p.after.scale, channel, lanes, 1);
@@ -115,14 +114,15 @@ void stage_gradient(const DwconvBackwardParams& p, const Channels& u, Tile<C> gr
     const Vec<C> mean = lanes_of<C>(p.after.mean, channel, lanes, 0);
     const Vec<C> slope = lanes_of<C>(p.after.slope, channel, lanes, 0);
     const Vec<C> constant = lanes_of<C>(p.after.constant, channel, lanes, 0);
-    for (int64_t i = 0; i < p.y.w; ++i) {
+    C* row = out + c / V * vector;
+    for (int64_t i = begin; i < end; ++i) {
       const Vec<C> value = load(y.data + i * y.stride + c);
       Vec<C> h, of_act;
       activate_with_slope<A>(value * scale + shift, h, of_act);
       const Vec<C> dz = (load(grad.data + i * grad.stride + c) * factor + added) * of_act;
-      store(out + i * V, dz * scale + (value - mean) * slope + constant);
+      store(row + i * V, dz * scale + (value - mean) * slope + constant);
     }
-  }
+  });
 }
 
 // A row of h = act(before(x)) and of its slopes, [columns][lanes] for each vector.
@@ -133,17 +133,17 @@ using StageInput = void (*)(const DwconvBackwardParams& p, const Channels& u, Ti
 template <class C, int A>
 void stage_input(const DwconvBackwardParams& p, const Channels& u, Tile<C> x, C* h, C* slopes, int64_t vector) {
   constexpr int V = kLanes<C>;
-  for (int64_t c = 0; c < u.count; c += V, h += vector, slopes += vector) {
-    const int lanes = static_cast<int>(min64(u.count - c, V));
+  for_blocks<C>(p.x.w, u.count, [&](int64_t c, int lanes, int64_t begin, int64_t end) EFFK_INLINE {
     const Vec<C> scale = lanes_of<C>(p.before.scale, u.c + c, lanes, 1);
     const Vec<C> shift = lanes_of<C>(p.before.shift, u.c + c, lanes, 0);
-    for (int64_t i = 0; i < p.x.w; ++i) {
+    const int64_t row = c / V * vector;
+    for (int64_t i = begin; i < end; ++i) {
       Vec<C> activated, slope;
       activate_with_slope<A>(load(x.data + i * x.stride + c) * scale + shift, activated, slope);
-      store(h + i * V, activated);
-      store(slopes + i * V, slope);
+      store(h + row + i * V, activated);
+      store(slopes + row + i * V, slope);
     }
-  }
+  });
 }
 
 // dz = dh * slopes of one row, to the map by way of `buffer`; and its sums [2] for each vector.
@@ -156,21 +156,22 @@ void finish_row(const DwconvBackwardParams& p, const Channels& u, int64_t row, T
   const Map& out = p.grad_norm;
   const bool direct = out.stride_c == 1;
   T* memory = static_cast<T*>(const_cast<void*>(out.data)) + u.n * out.stride_n + row * out.stride_h + u.c * out.stride_c;
-  for (int64_t c = 0; c < u.count; c += V, dh += vector, slopes += vector, sums += 2 * V) {
-    const int lanes = static_cast<int>(min64(u.count - c, V));
+  for_blocks<C>(p.x.w, u.count, [&](int64_t c, int lanes, int64_t begin, int64_t end) EFFK_INLINE {
     const Vec<C> mean = lanes_of<C>(p.before.mean, u.c + c, lanes, 0);
+    const int64_t v = c / V;
     Vec<C> sum{}, of_x{};
-    for (int64_t i = 0; i < p.x.w; ++i) {
-      Vec<C> dz = load(dh + i * V) * load(slopes + i * V);
+    for (int64_t i = begin; i < end; ++i) {
+      Vec<C> dz = load(dh + v * vector + i * V) * load(slopes + v * vector + i * V);
       if (direct) store_n(memory + i * out.stride_w + c, dz, lanes);
       else store(buffer + i * buffer_row + c, dz);
       dz = rounded<T>(dz);
       sum += dz;
       of_x += dz * (load(x.data + i * x.stride + c) - mean);
     }
-    store(sums, load(sums) + sum);
-    store(sums + V, load(sums + V) + of_x);
-  }
+    C* total = sums + 2 * v * V;
+    store(total, load(total) + sum);
+    store(total + V, load(total + V) + of_x);
+  });
   if (!direct) store_tile<T>(out, u.n, row * p.x.w, p.x.w, u.c, u.count, buffer, buffer_row);
 }
 

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   const Tensor grad_gated =
       need_input ? empty_map(x, map.h, map.w, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
   const Tensor grad_weight = need_weight ? empty_matrix(x, outputs, map.c, wide) : empty_vector(x, 0, wide);
-  const int64_t sums_strides[] = {map.n * map.c, map.c, 1};
+  const int64_t sums_strides[] = {std::max<int64_t>(map.n, 1) * map.c, map.c, 1};
   const Tensor sums = need_input ? empty_strided(x, {3, map.n, map.c}, sums_strides, wide) : empty_vector(x, 0, wide);
 
   PointwiseBackwardParams p{};

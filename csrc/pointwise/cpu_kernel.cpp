@@ -27,14 +27,12 @@ using Activate = void (*)(Tile<C> in, int64_t pixels, int64_t channels, const Af
 template <class C, int A>
 void activate_tile(Tile<C> in, int64_t pixels, int64_t channels, const Affine& affine, const C* gate, C* out,
                    int64_t stride) {
-  constexpr int V = kLanes<C>;
-  for (int64_t c = 0; c < channels; c += V) {
-    const int lanes = static_cast<int>(min64(channels - c, V));
+  for_blocks<C>(pixels, channels, [&](int64_t c, int lanes, int64_t begin, int64_t end) EFFK_INLINE {
     const Scale<C> scale = Scale<C>::lanes(affine, c, lanes);
     const Vec<C> g = lanes_of<C>(gate, c, lanes, 1);
-    for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t i = begin; i < end; ++i)
       store(out + i * stride + c, activate<A>(scale(load(in.data + i * in.stride + c))) * g);
-  }
+  });
 }
 
 template <class T>

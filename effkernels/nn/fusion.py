@@ -12,9 +12,9 @@ from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
-from effkernels.ops.mbconv_inference import Convolution, Gate, PackedBlock, mbconv_inference
 from effkernels.ops.mbconv import Stage
-from effkernels.ops.mbconv.op import BACKENDS as MBCONV_BACKENDS
+from effkernels.ops.mbconv.op import MBCONV
+from effkernels.ops.mbconv_inference import Convolution, Gate, PackedBlock, mbconv_inference
 
 
 class Fused(nn.Module):
@@ -101,7 +101,7 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     inference = fixed and not (
         torch.is_grad_enabled() and (x.requires_grad or parts.requires_grad(block.layers(), block.se))
     )
-    if not inference and _is_mbconv(block) and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV_BACKENDS):
+    if not inference and _is_mbconv(block) and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads):
         return _train_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
     if inference and depthwise is not None and project is not None and backends.takes("cpp", x):

@@ -21,8 +21,6 @@ ACTIVATIONS: dict[type, str] = {
 }
 DROP_PATHS: set[type] = {DropPath, nn.Identity}
 GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
-# What multiplies each image by a factor that does not depend on it.
-DROP_PATHS: set[type] = {nn.Identity, DropPath}
 
 
 class Unfusable(Exception):

@@ -1,4 +1,4 @@
-"""Cases of `bn_statistics` and `bn_apply`, and how the sums of any op's output are held against it."""
+"""Cases of the BatchNorm phases, and how the sums of any op's output are held against it."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,20 @@ from effkernels.ops._activation import Activation
 from effkernels.ops._cases import CUTS, DTYPES, Case, Comparison, Norm, as_float64, drawn_map, feature_map, huge, maps
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm import reference
-from effkernels.ops.batch_norm.op import BN_APPLY, BN_STATISTICS, Reduce, statistics_dtype
+from effkernels.ops.batch_norm.op import (
+    BN_APPLY,
+    BN_BACKWARD_SUMS,
+    BN_POOL,
+    BN_RESIDUAL,
+    BN_STATISTICS,
+    Reduce,
+    statistics_dtype,
+)
 
 SILU = Norm(Activation.SILU)
 REDUCTIONS = (Reduce.NONE, Reduce.MEAN)
+# Between layers, those whose slope has no jumps: a value at a jump may be on either side of it.
+SMOOTH = (Activation.IDENTITY, Activation.SILU, Activation.HARDSWISH)
 
 
 def compare_sums(sums: Tensor, y: Tensor, reduce: int) -> Iterator[Comparison]:
@@ -83,6 +93,73 @@ class BnApply(Case):
         yield from compare_sums(sums, y, reduce)
 
 
+def image_vectors(shape: Sequence[int], dtype: torch.dtype, given: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """A factor and a summand for each image and channel, [N, C]."""
+    if not given:
+        return None, None
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.rand(shape[:2]).to(wide) + 0.5, torch.randn(shape[:2]).to(wide)
+
+
+def memory_of(layout: str) -> str:
+    """What is dense and laid out as a map of this layout."""
+    return layout.split()[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BnPool(Case):
+    op: ClassVar[Op] = BN_POOL
+    shape: tuple[int, int, int, int]
+    layout: str = "nchw"
+    norm: Norm = SILU
+    slopes: bool = False
+
+    def make(self) -> tuple[Any, ...]:
+        x = feature_map(self.shape, self.dtype, self.layout)
+        return x, *self.norm.make(self.shape[1], self.dtype), self.slopes
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        yield Comparison("sums", outputs[0], reference.bn_pool(*arguments), reference.bn_pool(*as_float64(arguments)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BnResidual(Case):
+    op: ClassVar[Op] = BN_RESIDUAL
+    shape: tuple[int, int, int, int]
+    layout: str = "nchw"  # of the residual
+    affine: bool = True
+    scale: bool = False
+    residual: bool = True
+
+    def make(self) -> tuple[Any, ...]:
+        x = feature_map(self.shape, self.dtype, memory_of(self.layout))
+        *norm, _ = Norm(affine=self.affine).make(self.shape[1], self.dtype)
+        residual = feature_map(self.shape, self.dtype, self.layout) if self.residual else None
+        return x, *norm, image_vectors(self.shape, self.dtype, self.scale)[0], residual
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        eager, exact = (reference.bn_residual(*a) for a in (arguments, as_float64(arguments)))
+        yield Comparison("y", outputs[0], eager, exact)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BnBackwardSums(Case):
+    op: ClassVar[Op] = BN_BACKWARD_SUMS
+    shape: tuple[int, int, int, int]
+    layout: str = "nchw"
+    norm: Norm = SILU
+    scaled: bool = False
+
+    def make(self) -> tuple[Any, ...]:
+        x, grad = (feature_map(self.shape, self.dtype, layout) for layout in (self.layout, memory_of(self.layout)))
+        vectors = image_vectors(self.shape, self.dtype, self.scaled)
+        return grad, *vectors, x, *self.norm.make(self.shape[1], self.dtype)
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        eager, exact = (reference.bn_backward_sums(*a) for a in (arguments, as_float64(arguments)))
+        yield Comparison("sums", outputs[0], eager, exact)
+
+
 f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 # Of every op that passes over a map once.
@@ -120,6 +197,9 @@ def _cases() -> Iterator[Case]:
     for m in CORE_MAPS:
         yield BnStatistics(tag="core", **m)
         yield BnApply(tag="core", reduce=Reduce.MEAN, **m)
+        yield BnPool(slopes=True, **m)
+        yield BnResidual(scale=True, **m)
+        yield BnBackwardSums(scaled=True, **m)
     for layout in ("nchw", "channels_last"):
         yield BnStatistics(tag="core", shape=(3, 5, 13, 15), layout=layout, values="offset")
         yield BnApply(tag="core", shape=(1, 17, 3, 4), layout=layout, strided_vectors=True)
@@ -142,6 +222,9 @@ def _cases() -> Iterator[Case]:
     for m in (*maps(numbers), *CUT_MAPS, *LARGE_MAPS):
         yield BnStatistics(**m)
         yield BnApply(norm=Norm(numbers.choice(list(Activation))), reduce=numbers.choice(REDUCTIONS), **m)
+        yield BnPool(norm=Norm(numbers.choice(SMOOTH), affine=False), slopes=numbers.choice((False, True)), **m)
+        yield BnResidual(affine=False, residual=numbers.choice((False, True)), **m)
+        yield BnBackwardSums(norm=Norm(numbers.choice(SMOOTH)), **m)
 
 
 CASES = list(_cases())

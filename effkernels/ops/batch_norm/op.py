@@ -79,6 +79,7 @@ def _bn_pool_fake(
 BN_POOL = Op(
     "bn_pool",
     "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act, bool slopes) -> Tensor",
+    backends=("cpp", "triton"),
     fake=_bn_pool_fake,
 )
 BN_POOL.implement_in_triton("effkernels.ops.batch_norm.triton")
@@ -96,6 +97,7 @@ BN_RESIDUAL = Op(
     "bn_residual",
     "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, Tensor? scale, Tensor? residual)"
     " -> Tensor",
+    backends=("cpp", "triton"),
     fake=_bn_residual_fake,
 )
 BN_RESIDUAL.implement_in_triton("effkernels.ops.batch_norm.triton")
@@ -114,6 +116,7 @@ BN_BACKWARD_SUMS = Op(
     "bn_backward_sums",
     "(Tensor grad, Tensor? scale, Tensor? shift,"
     " Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act) -> Tensor",
+    backends=("cpp", "triton"),
     fake=_bn_backward_sums_fake,
 )
 BN_BACKWARD_SUMS.implement_in_triton("effkernels.ops.batch_norm.triton")

@@ -1,4 +1,4 @@
-"""Cases of `dwconv`."""
+"""Cases of `dwconv` and `dwconv_backward`."""
 
 import itertools
 import random
@@ -25,12 +25,14 @@ from effkernels.ops._cases import (
 )
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.cases import compare_sums
+from effkernels.ops.batch_norm.cases import SMOOTH, compare_sums, image_vectors, memory_of
 from effkernels.ops.batch_norm.op import Reduce
+from effkernels.ops.batch_norm.reference import normalized
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES, reference
-from effkernels.ops.dwconv.op import DWCONV
+from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD
 
 NOTHING = Norm(statistics=False)
+SILU, RELU, HARDSWISH = Norm(Activation.SILU), Norm(Activation.RELU), Norm(Activation.HARDSWISH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,50 @@ def _around(numbers: random.Random) -> dict[str, Any]:
     return dict(prologue=norms[0], epilogue=norms[1], reduce=numbers.choice(list(Reduce)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DwconvBackward(Case):
+    op: ClassVar[Op] = DWCONV_BACKWARD
+    shape: tuple[int, int, int, int]
+    layout: str = "nchw"
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int | str = "auto"
+    prologue: Norm = NOTHING
+    epilogue: Norm = SILU
+    scaled: bool = False
+    fixed: bool = False
+    needs: tuple[bool, bool] = (True, True)
+
+    def make(self) -> tuple[Any, ...]:
+        n, channels, height, width = self.shape
+        k = self.kernel_size
+        top, out_h = resolve_padding("dwconv", self.padding, height, k, self.stride)
+        left, out_w = resolve_padding("dwconv", self.padding, width, k, self.stride)
+        out = (n, channels, out_h, out_w)
+        x, weight = feature_map(self.shape, self.dtype, self.layout), torch.randn(channels, 1, k, k).to(self.dtype)
+        grad, y = (feature_map(out, self.dtype, memory_of(self.layout)) for _ in range(2))
+        means = None if self.fixed else 0.2 * torch.randn(2, channels).to(torch.promote_types(self.dtype, f32))
+        norms = (self.epilogue.make(channels, self.dtype), self.prologue.make(channels, self.dtype))
+        vectors = image_vectors(out, self.dtype, self.scaled)
+        return grad, *vectors, y, *norms[0], means, weight, x, *norms[1], self.stride, top, left, *self.needs
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        eager, exact = (reference.dwconv_backward(*a) for a in (arguments, as_float64(arguments)))
+        for i, name in enumerate(("grad_norm", "grad_weight")):
+            if self.needs[i]:
+                yield Comparison(name, outputs[i], eager[i], exact[i])
+        if outputs[2].numel() == 0:
+            return
+        x, mean, var, eps = (arguments[i] for i in (12, 13, 14, 17))
+        sums = []
+        for dtype in (outputs[2].dtype, f64):
+            dz = outputs[0].to(dtype)
+            product = dz * normalized(x.to(dtype), mean.to(dtype), var.to(dtype), eps)
+            sums.append(torch.stack([dz.sum((0, 2, 3)), product.sum((0, 2, 3))]))
+        yield Comparison("sums", outputs[2], *sums)
+
+
 f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-SILU, RELU, HARDSWISH = Norm(Activation.SILU), Norm(Activation.RELU), Norm(Activation.HARDSWISH)
 MEAN, STATISTICS = Reduce.MEAN, Reduce.STATISTICS
 
 CORE: list[dict[str, Any]] = [
@@ -141,6 +185,16 @@ def _cases() -> Iterator[Case]:
     windows = [*itertools.product(KERNEL_SIZES, STRIDES)]
     for core in CORE:
         yield Dwconv(tag="core", **core)
+    for (k, stride), layout in itertools.product(windows, ("nchw", "channels_last")):
+        for shape, needs, padding in (
+            ((2, 24, 16, 19), (True, True), "auto"),
+            ((3, 17, 9, 8), (True, False), "same"),
+            ((1, 5, 7, 7), (False, True), 4),
+        ):
+            yield DwconvBackward(
+                shape=shape, layout=layout, dtype=numbers.choice(DTYPES), kernel_size=k, stride=stride,
+                padding=padding, prologue=SILU, scaled=True, needs=needs,
+            )  # fmt: skip
     for (k, stride), layout, dtype in itertools.product(windows, ("nchw", "channels_last"), DTYPES):
         # Whole vectors and several tiles; then scalar accesses and tiles that hang over.
         for shape, reduce, prologue in (((1, 24, 16, 40), MEAN, HARDSWISH), ((3, 17, 13, 15), STATISTICS, SILU)):
@@ -149,6 +203,12 @@ def _cases() -> Iterator[Case]:
                 prologue=prologue, epilogue=SILU, reduce=reduce,
             )  # fmt: skip
     for m in maps(numbers):
+        k, stride = numbers.choice(windows)
+        yield DwconvBackward(
+            **m, kernel_size=k, stride=stride, padding=numbers.choice(("auto", "same")),
+            epilogue=Norm(numbers.choice(SMOOTH)), prologue=numbers.choice((NOTHING, SILU, HARDSWISH)),
+            fixed=numbers.choice((False, True)),
+        )  # fmt: skip
         for k, stride in numbers.sample(windows, 2):
             yield Dwconv(
                 **m, kernel_size=k, stride=stride, **_around(numbers), padding=numbers.choice(("auto", "same"))
@@ -168,11 +228,13 @@ def _cases() -> Iterator[Case]:
             stride=stride,
             **_around(numbers),
         )
+        yield DwconvBackward(shape=(2, 24, 6, 10), layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride)
     for layout, dtype in itertools.product(("nchw", "channels_last"), DTYPES):
         yield Dwconv(shape=(2, 18, 6, 7), layout=layout, dtype=dtype, values="nonfinite", epilogue=RELU)
         yield Dwconv(shape=(2, 18, 6, 7), layout=layout, dtype=dtype, values="denormal")
     for layout, (k, stride) in itertools.product(("nchw", "channels_last"), windows):
         yield Dwconv(shape=(1, 70, 61, 150), layout=layout, kernel_size=k, stride=stride, **_around(numbers))
+        yield DwconvBackward(shape=(1, 70, 61, 50), layout=layout, kernel_size=k, stride=stride, prologue=SILU)
         yield Dwconv(shape=(2, 9, 40, 33), layout=layout, kernel_size=k, values="offset", reduce=STATISTICS)
 
 

@@ -21,7 +21,6 @@ from effkernels.ops.batch_norm.op import (
 
 aten = torch.ops.aten
 NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
-BACKWARD_BACKENDS = ("cpp",)  # those that have `dwconv_backward` and `bn_backward_sums`
 
 
 def _dwconv_fake(
@@ -96,6 +95,7 @@ DWCONV_BACKWARD = Op(
     " Tensor x, Tensor? mean1, Tensor? var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
     " int stride, SymInt pad_top, SymInt pad_left, bool need_input, bool need_weight)"
     " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
+    backends=("cpp", "triton"),
     fake=_dwconv_backward_fake,
 )
 DWCONV_BACKWARD.implement_in_triton("effkernels.ops.dwconv.triton")
@@ -139,7 +139,7 @@ def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     grad_pooled = grad_pooled if ctx.pool else None
-    backward = _backward_by_phases if backend in BACKWARD_BACKENDS else _backward_by_library
+    backward = _backward_by_phases if backend in DWCONV_BACKWARD.overloads else _backward_by_library
     return *backward(backend, ctx, grad_y, grad_pooled, *ctx.saved_tensors), *(None,) * 11
 
 

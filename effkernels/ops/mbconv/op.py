@@ -26,9 +26,6 @@ from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
 
-# The backends that have all the phases.
-BACKENDS = ("cpp", "triton")
-
 
 def _forward(
     backend: str, x: Tensor,
@@ -294,6 +291,7 @@ MBCONV = Op(
     " Tensor? scale, bool residual, float[] eps, int[] acts, SymInt[] window)"
     " -> (Tensor y, Tensor e, Tensor d, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor pooled,"
     " Tensor gate)",
+    backends=("cpp", "triton"),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -25,6 +25,7 @@ POINTWISE = Op(
     "(Tensor x, Tensor weight,"
     " Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, int act,"
     " Tensor? gate, Tensor? bias, Tensor? residual, int reduce) -> (Tensor y, Tensor sums)",
+    backends=("cpp", "triton"),
     fake=_pointwise_fake,
 )
 POINTWISE.implement_in_triton("effkernels.ops.pointwise.triton")
@@ -61,6 +62,7 @@ POINTWISE_BACKWARD = Op(
     " Tensor x, Tensor mean1, Tensor var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
     " Tensor? gate, bool need_input, bool need_weight)"
     " -> (Tensor grad_gated, Tensor sums, Tensor grad_weight)",
+    backends=("cpp", "triton"),
     fake=_pointwise_backward_fake,
 )
 POINTWISE_BACKWARD.implement_in_triton("effkernels.ops.pointwise.triton")

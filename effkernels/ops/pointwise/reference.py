@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effkernels.ops._activation import activate, activate_backward
+from effkernels.ops._activation import activate
 from effkernels.ops.batch_norm.op import Reduce
-from effkernels.ops.batch_norm.reference import affine, grad_of_input, grad_of_norm, normalized
+from effkernels.ops.batch_norm.reference import affine, grad_of_input, grad_of_norm, norm_act, statistics
 
 
 def pointwise(
@@ -15,11 +15,7 @@ def pointwise(
     gate: Tensor | None, bias: Tensor | None, residual: Tensor | None, reduce: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
-    h = x.to(wide)
-    if mean is not None:
-        assert var is not None
-        h = affine(normalized(x, mean.to(wide), var.to(wide), eps), gamma, beta)
-    h = activate(h, act)
+    h = norm_act(x.to(wide), mean, var, gamma, beta, eps, act)
     if gate is not None:
         h = h * gate[:, :, None, None]
     y = F.conv2d(h.to(x.dtype), weight[:, :, None, None]).to(wide)
@@ -31,7 +27,7 @@ def pointwise(
     if reduce == Reduce.MEAN:
         return y, y.mean((2, 3), dtype=wide)
     if reduce == Reduce.STATISTICS:
-        return y, torch.stack(torch.var_mean(y.to(wide), (0, 2, 3), correction=0)[::-1])
+        return y, statistics(y)
     return y, y.new_empty(0, dtype=wide)
 
 
@@ -43,17 +39,23 @@ def pointwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dz, yhat = grad_of_norm(grad, scale, None, y, mean2, var2, None, None, eps2, 0)
     dy = grad_of_input(dz, yhat, var2, gamma2, eps2, grad_means).to(x.dtype)
-    xhat = normalized(x, mean1, var1, eps1)
-    z = affine(xhat, gamma1, beta1)
-    h = activate(z, act1)
+    norm = (mean1, var1, gamma1, beta1, eps1, act1)
     grad_gated, sums, grad_weight = x.new_empty(0), mean1.new_empty(0), mean1.new_empty(0)
     if need_input:
         grad_gated = F.conv2d(dy, weight.T[:, :, None, None])
-        wide = grad_gated.to(h.dtype)
-        dz = activate_backward(wide, z, act1)
-        sums = torch.stack([(v).sum((2, 3)) for v in (wide * h, dz, dz * xhat)])
+        sums = gated_sums(grad_gated, x, *norm)
     if need_weight:
+        h = norm_act(x.to(mean1.dtype), *norm)
         if gate is not None:
             h = h * gate[:, :, None, None]
         grad_weight = torch.einsum("nohw,nchw->oc", dy.to(h.dtype), h.to(x.dtype).to(h.dtype))
     return grad_gated, sums, grad_weight
+
+
+def gated_sums(
+    grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int
+) -> Tensor:
+    """The sums over the map of grad * h, grad * act'(bn(x)) and grad * act'(bn(x)) * xhat with h = act(bn(x))."""
+    dz, xhat = grad_of_norm(grad, None, None, x, mean, var, gamma, beta, eps, act)
+    h = activate(affine(xhat, gamma, beta), act)
+    return torch.stack([v.sum((2, 3)) for v in (grad.to(h.dtype) * h, dz, dz * xhat)])
