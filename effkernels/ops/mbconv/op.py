@@ -107,15 +107,17 @@ def _fake(
     scale: Tensor | None, residual: bool, eps: Sequence[float], acts: Sequence[int], window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, hidden, out = x.shape[0], w2.shape[0], w3.shape[0]
-    vector = x.new_empty(0, dtype=statistics_dtype(x))
+    wide = statistics_dtype(x)
+
+    def vector(*shape: int, given: bool = True) -> Tensor:
+        return x.new_empty(shape if given else (0,), dtype=wide)
+
     e = x.new_empty(0) if w1 is None else empty_map(x, (n, hidden, *x.shape[2:]))
     d = empty_map(x if w1 is None else e, (n, hidden, *window[3:]))
     p = empty_map(d, (n, out, *window[3:]))
     return (
-        torch.empty_like(p), e, d, p,
-        vector if w1 is None else vector.new_empty(2, hidden), vector.new_empty(2, hidden), vector.new_empty(2, out),
-        vector if v1 is None else vector.new_empty(3, n, hidden),
-        vector if v1 is None else vector.new_empty(n, hidden),
+        torch.empty_like(p), e, d, p, vector(2, hidden, given=w1 is not None), vector(2, hidden), vector(2, out),
+        vector(3, n, hidden, given=v1 is not None), vector(n, hidden, given=v1 is not None),
     )  # fmt: skip
 
 
