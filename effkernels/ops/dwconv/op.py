@@ -139,7 +139,8 @@ def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     grad_pooled = grad_pooled if ctx.pool else None
-    backward = _backward_by_phases if backend in DWCONV_BACKWARD.overloads else _backward_by_library
+    phases = backend in DWCONV_BACKWARD.overloads and ctx.saved_tensors[0].shape[0] > 0
+    backward = _backward_by_phases if phases else _backward_by_library
     return *backward(backend, ctx, grad_y, grad_pooled, *ctx.saved_tensors), *(None,) * 11
 
 
