@@ -85,7 +85,7 @@ def install(
     loaded = ctypes.CDLL(str(library))
     registrations = torch.library.Library("effkernels", "IMPL")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for op in {case.op for case in all_cases()}:
+    for op in {case.op for case in all_cases() if "cuda" in case.op.overloads}:
         overload = op.overloads["cuda"]
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CUDA"):
 
