@@ -280,15 +280,15 @@ def dwconv_backward(
     steps, cols = (
         (pad + size - 1) // stride - pad // stride + 1 for pad, size in ((pad_top, height), (pad_left, width))
     )
-    columns = 4
+    columns = 2 if k == 7 else 4
     lanes = triton.cdiv(cols, columns // stride)
-    # One value of a tile for each thread.
+    threads = 256 if k == 3 else 128  # each with one value of a tile, such that none spills
     if axis == 0:
         block_c = block(channels, 64, 16)
-        block_w = min(256 // block_c, triton.next_power_of_2(lanes))
+        block_w = min(threads // block_c, triton.next_power_of_2(lanes))
     else:
         block_w = block(lanes, 32, 1)
-        block_c = min(256 // block_w, triton.next_power_of_2(channels))
+        block_c = min(threads // block_w, triton.next_power_of_2(channels))
     blocks_w, blocks_c = triton.cdiv(lanes, block_w), triton.cdiv(channels, block_c)
     warps = max(block_w * block_c // 32, 1)
     wanted = triton.cdiv(WARPS, blocks_w * blocks_c * warps)

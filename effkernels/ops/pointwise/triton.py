@@ -175,7 +175,8 @@ def pointwise_backward_kernel(
         of_h = tl.zeros_like(inverse_deviation)
         of_slope = of_h
         of_xhat = of_h
-        for step in range(first, first + steps):
+        # Prefetching the next tiles too would spill registers.
+        for step in tl.range(first, first + steps, num_stages=1):
             pixels = tl.expand_dims(step * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
             mask_p = pixels < area
             mask = mask_p & mask_c
@@ -256,7 +257,7 @@ def pointwise_backward(
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     area = height * width
     wide = x.dtype == torch.float32
-    limits = (16, 32, 16) if wide else (64, 64, 64)
+    limits = (16, 32, 16) if wide else (32, 32, 32)
     block_p, block_c, block_o = map(tile_size, (area, channels, outputs), limits)
     blocks_c, blocks_o, tiles = (
         triton.cdiv(channels, block_c), triton.cdiv(outputs, block_o), triton.cdiv(area, block_p)
@@ -284,7 +285,7 @@ def pointwise_backward(
         )  # fmt: skip
 
     if batch:
-        most = 3 if wide else 5  # blocks of outputs whose weight gradients fit registers
+        most = 2 if wide else 3  # blocks of outputs whose weight gradients fit registers
         if need_weight and blocks_o <= most:
             launch(out, weights, blocks_o)
         else:
