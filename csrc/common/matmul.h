@@ -45,9 +45,11 @@ int64_t packed_size(int64_t columns, int64_t depth) {
   return round_up<C>(columns) * depth;
 }
 
-// Rearranges a dense weight [columns, depth] to panels of [depth][vectors][lanes], with zeros past the last column.
+// Rearranges `count` elements along the depth of a weight [columns, depth], which begin at `first`, to panels of
+// [depth][vectors][lanes], with zeros past the last column. Strides are those of `weight`.
 template <class T>
-void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* packed) {
+void pack_weight(const T* weight, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, int64_t first,
+                 int64_t count, compute_t<T>* packed) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const Panels<C> panels(columns);
@@ -55,17 +57,25 @@ void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* 
     const int vectors = panels.vectors(i);
     for (int v = 0; v < vectors; ++v) {
       const int64_t column = (panels.begin(i) + v) * V, columns_here = min64(columns - column, V);
-      for (int64_t k = 0; k < depth; k += V) {
-        const int64_t depth_here = min64(depth - k, V);
+      for (int64_t k = 0; k < count; k += V) {
+        const int here = static_cast<int>(min64(count - k, V));
         Vec<C> block[V] = {};
-        for (int64_t j = 0; j < columns_here; ++j)
-          block[j] = load_n(weight + (column + j) * depth + k, static_cast<int>(depth_here));
+        for (int64_t j = 0; j < columns_here; ++j) {
+          const T* at = weight + (column + j) * column_stride + k * k_stride;
+          block[j] = k_stride == 1 ? load_n(at, here) : load_strided(at, k_stride, here);
+        }
         transpose<C>(block);
-        C* out = packed + panels.offset(i, depth) + (k * vectors + v) * V;
-        for (int64_t j = 0; j < depth_here; ++j) store(out + j * vectors * V, block[j]);
+        C* out = packed + panels.offset(i, depth) + ((first + k) * vectors + v) * V;
+        for (int j = 0; j < here; ++j) store(out + j * vectors * V, block[j]);
       }
     }
   }
+}
+
+// The whole of a dense weight.
+template <class T>
+void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* packed) {
+  pack_weight(weight, depth, 1, columns, depth, 0, depth, packed);
 }
 
 // The left operand. Element k of row r is at data[r * stride + k / segment * segment_stride + k % segment * k_stride]:

@@ -3,6 +3,7 @@
 #include "../squeeze_excite/gate.h"
 #include "depthwise.h"
 #include "matmul.h"
+#include "pixels.h"
 
 namespace effk {
 namespace {
@@ -26,13 +27,6 @@ struct Packed {
     size = norm3 + 2 * round_up<C>(p.out_c);
   }
 };
-
-// Scales and shifts of a whole vector of packed channels.
-template <class C>
-Scale<C> packed_scale(const C* norm, int64_t channels, int64_t vector) {
-  const C* scale = norm + vector * kLanes<C>;
-  return {load(scale), load(scale + round_up<C>(channels))};
-}
 
 // What the phases hand on for one image, in elements: d as planes of one vector of channels, [vectors][pixels][lanes],
 // its sums over each band [bands][channels], and the gates [channels].
@@ -79,28 +73,6 @@ struct Ring {
   }
 };
 
-// out = act(scale(in)) for n vectors, and their sum.
-template <class C>
-using Finish = Vec<C> (*)(const C* in, C* out, int64_t n, const Scale<C>& scale);
-
-template <class C, int A>
-Vec<C> finish(const C* in, C* out, int64_t n, const Scale<C>& scale) {
-  Vec<C> sum{};
-  for (int64_t i = 0; i < n; ++i) {
-    const Vec<C> z = activate<A>(scale(load(in + i * kLanes<C>)));
-    store(out + i * kLanes<C>, z);
-    sum += z;
-  }
-  return sum;
-}
-
-template <class C>
-Finish<C> finish_for(int activation) {
-  Finish<C> chosen = nullptr;
-  with_activation(activation, [&](auto act) { chosen = &finish<C, act>; });
-  return chosen;
-}
-
 template <class C>
 ConvRow<C> conv_row_for(const MbconvParams& p) {
   const bool one = p.stride == 1;
@@ -141,27 +113,6 @@ Rows<compute_t<T>> input_rows(const MbconvParams& p, const T* x, int64_t rows, c
   }
   if (m.stride_c == 1) return {staged, m.c, 1, m.c};
   return {staged, 1, rows * m.w, m.c};
-}
-
-// `count` pixels of up to one vector of channels, [pixels][lanes].
-template <class T>
-void load_pixels(const T* x, int64_t stride_w, int64_t stride_c, int64_t count, int lanes, compute_t<T>* out) {
-  using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
-  if (stride_w != 1 || stride_c == 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* at = x + i * stride_w;
-      store(out + i * V, stride_c == 1 ? load_n(at, lanes) : load_strided(at, stride_c, lanes));
-    }
-    return;
-  }
-  for (int64_t i = 0; i < count; i += V) {
-    const int pixels = static_cast<int>(min64(count - i, V));
-    Vec<C> block[V] = {};
-    for (int c = 0; c < lanes; ++c) block[c] = load_n(x + c * stride_c + i, pixels);
-    transpose<C>(block);
-    for (int j = 0; j < pixels; ++j) store(out + (i + j) * V, block[j]);
-  }
 }
 
 template <class T>
@@ -258,67 +209,6 @@ void gate(const MbconvParams& p, C* image, C* scratch) {
 
 constexpr int64_t kBlockPixels = 64;
 
-// y = scale(p) [+ x] for a block of raw pixels [pixels][vectors][lanes].
-template <class T>
-void store_rows(const MbconvParams& p, int64_t n, int64_t pixel, int64_t count, int64_t vector, int vectors,
-                const compute_t<T>* raw) {
-  using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
-  const C* norm = static_cast<const C*>(p.packed) + Packed<C>(p).norm3;
-  T* y = static_cast<T*>(p.y) + n * p.out_c * p.out_h * p.out_w;
-  for (int v = 0; v < vectors; ++v) {
-    const Scale<C> scale = packed_scale(norm, p.out_c, vector + v);
-    const int64_t c = (vector + v) * V;
-    const int lanes = static_cast<int>(min64(p.out_c - c, V));
-    int64_t row = pixel / p.out_w, column = pixel % p.out_w;
-    for (int64_t i = 0; i < count; ++i) {
-      Vec<C> z = scale(load(raw + (i * vectors + v) * V));
-      if (p.residual) {
-        const T* x = row_of<T>(p.x, n, c, row) + column * p.x.stride_w;
-        z += p.x.stride_c == 1 ? load_n(x, lanes) : load_strided(x, p.x.stride_c, lanes);
-      }
-      store_n(y + (pixel + i) * p.out_c + c, z, lanes);
-      if (++column == p.out_w) column = 0, ++row;
-    }
-  }
-}
-
-// The same for NCHW: lanes of channels are transposed to lanes of pixels.
-template <class T>
-void store_planes(const MbconvParams& p, int64_t n, int64_t pixel, int64_t count, int64_t vector, int vectors,
-                  const compute_t<T>* raw) {
-  using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
-  const C* norm = static_cast<const C*>(p.packed) + Packed<C>(p).norm3;
-  const int64_t pixels = p.out_h * p.out_w;
-  const bool dense = p.x.stride_w == 1 && (p.x.stride_h == p.x.w || p.x.h == 1);
-  for (int v = 0; v < vectors; ++v) {
-    const Scale<C> scale = packed_scale(norm, p.out_c, vector + v);
-    const int64_t c = (vector + v) * V;
-    const int lanes = static_cast<int>(min64(p.out_c - c, V));
-    for (int64_t i = 0; i < count; i += V) {
-      const int here = static_cast<int>(min64(count - i, V));
-      Vec<C> block[V] = {};
-      for (int j = 0; j < here; ++j) block[j] = scale(load(raw + ((i + j) * vectors + v) * V));
-      transpose<C>(block);
-      for (int j = 0; j < lanes; ++j) {
-        Vec<C> z = block[j];
-        if (p.residual && dense) {
-          z += load_n(row_of<T>(p.x, n, c + j, 0) + pixel + i, here);
-        } else if (p.residual) {
-          C x[V] = {};
-          for (int l = 0; l < here; ++l) {
-            const int64_t at = pixel + i + l;
-            x[l] = load_n(row_of<T>(p.x, n, c + j, at / p.out_w) + at % p.out_w * p.x.stride_w, 1)[0];
-          }
-          z += load(x);
-        }
-        store_n(static_cast<T*>(p.y) + (n * p.out_c + c + j) * pixels + pixel + i, z, here);
-      }
-    }
-  }
-}
-
 template <class T>
 void project(const MbconvParams& p, int64_t n, int64_t i, int64_t split, const compute_t<T>* image,
              compute_t<T>* scratch) {
@@ -336,26 +226,21 @@ void project(const MbconvParams& p, int64_t n, int64_t i, int64_t split, const c
     }
     w = scaled;
   }
+  const C* norm = static_cast<const C*>(p.packed) + Packed<C>(p).norm3;
+  const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.residual ? &p.x : nullptr};
   const int64_t end = min64((split + 1) * p.split_pixels, p.out_h * p.out_w);
   for (int64_t pixel = split * p.split_pixels; pixel < end; pixel += kBlockPixels) {
     const int64_t count = min64(end - pixel, kBlockPixels);
-    multiply<C>({image + pixel * V, V, 1, p.hidden, V, im.plane}, count, w, vectors, raw, vectors * V, V);
-    (p.channels_last ? &store_rows<T> : &store_planes<T>)(p, n, pixel, count, panels.begin(i), vectors, raw);
+    multiply<C>({image + pixel * V, V, 1, p.hidden, V, im.plane}, count, w, vectors, raw, V, kBlockPixels * V);
+    for (int v = 0; v < vectors; ++v) {
+      C* block = raw + v * kBlockPixels * V;
+      finish<C, kIdentity>(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
+      store_pixels<T>(y, n, pixel, count, panels.begin(i) + v, block);
+    }
   }
 }
 
 // --- plan, pack, run --------------------------------------------------------------------------------------------------
-
-// Into how many pieces `extent` is cut so that `threads` threads finish `items` times as many soonest; each piece costs
-// `extra` more.
-inline int64_t best_split(int64_t items, int64_t extent, int64_t extra, int64_t least, int64_t threads) {
-  int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t pieces = 1; pieces <= max64(extent / least, 1) && pieces <= 4 * threads; ++pieces) {
-    const int64_t size = ceil_div(extent, pieces), cost = ceil_div(items * ceil_div(extent, size), threads) * (size + extra);
-    if (cost < best_cost) best = pieces, best_cost = cost;
-  }
-  return best;
-}
 
 template <class T>
 void plan(MbconvParams& p, int64_t threads) {
@@ -371,15 +256,6 @@ void plan(MbconvParams& p, int64_t threads) {
   p.image_size = Image<C>(p).size;
   const int64_t project = kBlockPixels * kPanelVectors * kLanes<C> + (rescaling ? p.hidden * kPanelVectors * kLanes<C> : 0);
   p.scratch_size = max64(max64(Ring<C>(p, needs_staging<T>(p)).size, project), gate_scratch_size<C>(p.hidden, p.squeezed));
-}
-
-template <class C>
-void pack_norm(const Affine& norm, int64_t channels, C* packed) {
-  for (int64_t c = 0; c < channels; c += kLanes<C>) {
-    const auto scale = Scale<C>::lanes(norm, c, static_cast<int>(min64(channels - c, kLanes<C>)));
-    store(packed + c, scale.scale);
-    store(packed + round_up<C>(channels) + c, scale.shift);
-  }
 }
 
 template <class T>

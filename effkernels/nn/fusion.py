@@ -1,6 +1,7 @@
 """The computation of a block from its parts, on the kernels: what our modules and converted ones run."""
 
 import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from effkernels import backends
 from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
+from effkernels.ops.conv_inference import Convolution, conv_bn_act, pack_convolution
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
 from effkernels.ops.mbconv import Stage
 from effkernels.ops.mbconv.op import MBCONV
-from effkernels.ops.mbconv_inference import Convolution, Gate, PackedBlock, mbconv_inference
+from effkernels.ops.mbconv_inference import Gate, mbconv_inference, pack_block
 
 
 class Fused(nn.Module):
@@ -55,11 +57,10 @@ class Fused(nn.Module):
 
 
 class Frozen:
-    """A block whose weights were packed by `effkernels.freeze`. A deep copy stays frozen, a pickled one does not."""
+    """What a module runs whose weights `effkernels.freeze` packed. A deep copy stays frozen, a pickle does not."""
 
-    def __init__(self, packed: PackedBlock, adds_x: bool, tensors: list[Tensor]) -> None:
-        self._packed = packed
-        self._adds_x = adds_x
+    def __init__(self, run: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> None:
+        self._run = run
         self._tensors = tensors
         self._versions = [t._version for t in tensors]
 
@@ -67,7 +68,7 @@ class Frozen:
         if not torch.compiler.is_compiling():
             self._check(module, x)
             backends.choose(f"{type(module).__qualname__}, frozen", x)
-        return self._packed(x, self._adds_x)
+        return self._run(x)
 
     def _check(self, module: nn.Module, x: Tensor) -> None:
         if module.training or [t._version for t in self._tensors] != self._versions:
@@ -80,7 +81,7 @@ class Frozen:
             raise RuntimeError(f"a frozen block runs on backend 'cpp' only: {reason}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
-        return Frozen(self._packed, self._adds_x, copy.deepcopy(self._tensors, memo))
+        return Frozen(self._run, copy.deepcopy(self._tensors, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -97,21 +98,21 @@ class FusedSE(Fused):
 
 
 def run_block(block: Block, x: Tensor) -> Tensor:
-    fixed = not any(parts.uses_batch_statistics(layer.bn) for layer in block.layers())
-    inference = fixed and not (
-        torch.is_grad_enabled() and (x.requires_grad or parts.requires_grad(block.layers(), block.se))
-    )
+    inference = _is_inference(block.layers(), block.se, x)
     if not inference and _is_mbconv(block) and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads):
         return _train_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
-    if inference and depthwise is not None and project is not None and backends.takes("cpp", x):
-        return _run_whole(block, x)
+    if inference and backends.takes("cpp", x):
+        if _is_mbconv(block):
+            return _run_whole(block, x)
+        if all(is_dense(layer, x.dtype) for layer in block.layers()) and se is None:
+            return _run_dense(block, x)
     y, pooled = x, None
     if inference and expand is not None and depthwise is not None:
         y, pooled = _expand_depthwise(expand, depthwise, y, pool=se is not None)
     else:
         if expand is not None:
-            y = run_conv(expand, y)
+            y = _run_conv(expand, y)
         if depthwise is not None and se is not None:
             y, pooled = run_depthwise(depthwise, y, return_pooled=True)
         elif depthwise is not None:
@@ -125,10 +126,17 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     return y
 
 
+def _is_inference(layers: Iterable[Layer], se: SE | None, x: Tensor) -> bool:
+    layers = list(layers)
+    if any(parts.uses_batch_statistics(layer.bn) for layer in layers):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or parts.requires_grad(iter(layers), se)))
+
+
 def _run_whole(block: Block, x: Tensor) -> Tensor:
     """A block with a depthwise convolution and a projection, in one op."""
     residual = adds_x(block)
-    y: Tensor = mbconv_inference(x, **block_arguments(block), residual=residual)
+    y: Tensor = mbconv_inference(x, **_block(block), residual=residual)
     return y if block.shortcut is None or residual else block.shortcut(block.drop_path(y), x)
 
 
@@ -137,7 +145,32 @@ def adds_x(block: Block) -> bool:
     return block.shortcut is not None and parts.passes(block.drop_path) and not torch.is_autocast_enabled("cpu")
 
 
-def block_arguments(block: Block) -> dict[str, Any]:
+def packed(found: Block | Layer) -> Callable[[Tensor], Tensor] | None:
+    """What runs a block or a layer in inference on the CPU with its weights packed now; None if no op does."""
+    layers = [found] if isinstance(found, Layer) else list(found.layers())
+    residual = isinstance(found, Block) and adds_x(found)
+    if isinstance(found, Block):
+        if found.shortcut is not None and not residual:
+            return None
+        if _is_mbconv(found):
+            block = pack_block(**_block(found))
+            return lambda x: block(x, residual)
+        if found.se is not None:
+            return None
+    if not all(is_dense(layer, layer.conv.weight.dtype) for layer in layers):
+        return None
+    *before, last = (pack_convolution(_convolution(layer), **_window(layer)) for layer in layers)
+
+    def run(x: Tensor) -> Tensor:
+        y = x
+        for layer in before:
+            y = layer(y)
+        return last(y, x if residual else None)
+
+    return run
+
+
+def _block(block: Block) -> dict[str, Any]:
     """What `mbconv_inference` takes, but x and the shortcut."""
     expand, depthwise, se, project = block[:4]
     assert depthwise is not None and project is not None
@@ -146,8 +179,7 @@ def block_arguments(block: Block) -> dict[str, Any]:
         "depthwise": _convolution(depthwise),
         "gate": None if se is None else _gate(se),
         "project": _convolution(project),
-        "stride": depthwise.conv.stride[0],
-        "padding": parts.padding(depthwise.conv),
+        **_window(depthwise),
     }
 
 
@@ -176,8 +208,7 @@ def _train_mbconv(block: Block, x: Tensor) -> Tensor:
         _stage(depthwise),
         None if se is None else _gate(se),
         _stage(project),
-        stride=depthwise.conv.stride[0],
-        padding=parts.padding(depthwise.conv),
+        **_window(depthwise),
         scale=_image_factors(drop_path, x) if residual else None,
         residual=residual,
     )
@@ -200,8 +231,44 @@ def _image_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def run_conv(layer: Layer, x: Tensor) -> Tensor:
+    if _is_inference([layer], None, x) and backends.takes("cpp", x) and is_dense(layer, x.dtype):
+        return conv_bn_act(x, _convolution(layer), **_window(layer))
+    return _run_conv(layer, x)
+
+
+def _run_conv(layer: Layer, x: Tensor) -> Tensor:
     """A convolution of PyTorch's library, then BatchNorm and activation in one op."""
     return bn_act(layer.conv(x), **_norm(layer.bn), activation=layer.activation)
+
+
+def is_dense(layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether `conv_bn_act` computes the layer. 16-bit ones stay with the library, which has matrix instructions."""
+    conv = layer.conv
+    return (
+        conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.stride[0] == conv.stride[1]
+        and conv.padding_mode == "zeros"
+        and (type(conv) in parts.SAME_PADDED or conv.padding == "same" or len(set(conv.padding)) == 1)
+        and conv.weight.dtype == dtype
+        and dtype.itemsize >= 4
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _run_dense(block: Block, x: Tensor) -> Tensor:
+    """A block of dense convolutions: the last one adds x."""
+    *before, last = block.layers()
+    residual = adds_x(block)
+    y = x
+    for layer in before:
+        y = conv_bn_act(y, _convolution(layer), **_window(layer))
+    y = conv_bn_act(y, _convolution(last), **_window(last), shortcut=x if residual else None)
+    return y if block.shortcut is None or residual else block.shortcut(block.drop_path(y), x)
+
+
+def _window(layer: Layer) -> dict[str, Any]:
+    return {"stride": layer.conv.stride[0], "padding": parts.padding(layer.conv)}
 
 
 def run_depthwise(layer: Layer, x: Tensor, *, return_pooled: bool = False) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor
 from effkernels import _native, backends, ops, use_backend
 from effkernels.ops._cases import assert_close_to_reference, feature_map
 from effkernels.ops._layout import empty_map
+from effkernels.ops.conv_inference import Convolution
 from effkernels.ops.dwconv import Norm
-from effkernels.ops.mbconv_inference import Convolution, Gate, op, pack
+from effkernels.ops.mbconv_inference import Gate, op, pack_block
 
 CPU_BACKENDS = [name for name in ("cpp", "eager") if _native.MISSING.get(name) is None]
 needs_cpp = pytest.mark.skipif(_native.MISSING["cpp"] is not None, reason=f"cpp: {_native.MISSING['cpp']}")
@@ -85,7 +86,7 @@ def check(case: str, dtype: torch.dtype, layout: str) -> None:
     assert_close_to_reference(got, eager, exact)
     assert got.stride() == empty_map(x, got.shape).stride()
     if backends.takes("cpp", x):
-        assert torch.equal(pack(*parts, **window)(x, residual), got)
+        assert torch.equal(pack_block(*parts, **window)(x, residual), got)
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_opcheck(case, monkeypatch):
             record = lambda *args, overload=overload: (calls.append((overload, args)), overload(*args))[1]  # noqa: E731
             patch.setitem(found.overloads, "cpp", record)
         ops.mbconv_inference(x, *parts, **window, residual=residual)
-        pack(*parts, **window)(x, residual)
+        pack_block(*parts, **window)(x, residual)
     assert [overload.name() for overload, _ in calls] == [
         f"effkernels::{name}.cpp" for name in ("mbconv_inference", "mbconv_pack", "mbconv_packed")
     ]

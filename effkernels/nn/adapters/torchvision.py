@@ -2,12 +2,12 @@
 
 import operator
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import efficientnet
 from torchvision.ops import StochasticDepth, misc
 
 from effkernels.nn import parts
-from effkernels.nn.fusion import FusedBlock, FusedSE
+from effkernels.nn.fusion import Fused, FusedBlock, FusedSE, run_conv
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 
 parts.DROP_PATHS.add(StochasticDepth)
@@ -61,8 +61,20 @@ class FusedMBConv(FusedBlock, efficientnet.FusedMBConv):
         )
 
 
+class Conv2dNormActivation(Fused, misc.Conv2dNormActivation):
+    """The stem, the head, and the layers of a block that runs as its own forward says."""
+
+    unfused = misc.Conv2dNormActivation.forward
+
+    def read_parts(self) -> Layer:
+        return _layer(self)
+
+    def fused(self, layer: Layer, x: Tensor) -> Tensor:
+        return run_conv(layer, x)
+
+
 def _layer(module: nn.Module) -> Layer:
-    children = list(parts.own(module, misc.Conv2dNormActivation))
+    children = list(parts.own(module, Conv2dNormActivation, misc.Conv2dNormActivation))
     if len(children) not in (2, 3):
         raise Unfusable(module, f"has {len(children)} layers in place of 2 or 3")
     conv, bn, *act = children
@@ -84,5 +96,6 @@ def _squeeze_excite(se: misc.SqueezeExcitation) -> SE:
 CONVERTED = {
     efficientnet.MBConv: MBConv,
     efficientnet.FusedMBConv: FusedMBConv,
+    misc.Conv2dNormActivation: Conv2dNormActivation,
     misc.SqueezeExcitation: SqueezeExcitation,
 }

@@ -9,19 +9,13 @@ from effkernels import backends
 from effkernels.ops import _checks
 from effkernels.ops._activation import ACTIVATIONS, GATES
 from effkernels.ops._geometry import resolve_padding
-from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES, Norm
+from effkernels.ops.conv_inference import Convolution
+from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
 from effkernels.ops.mbconv_inference import op, reference
 
 _NAME = "mbconv_inference"
 _NO_EXPAND: tuple[Any, ...] = (None, None, None, None, None, 0.0, 0)
 _NO_GATE = (None, None, None, None, 0, 0)
-
-
-class Convolution(NamedTuple):
-    """A convolution without bias, and the BatchNorm and activation that follow it."""
-
-    weight: Tensor
-    norm: Norm
 
 
 class Gate(NamedTuple):
@@ -108,7 +102,7 @@ def mbconv_inference(
     return y
 
 
-def pack(
+def pack_block(
     expand: Convolution | None,
     depthwise: Convolution,
     gate: Gate | None,

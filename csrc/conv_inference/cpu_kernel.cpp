@@ -1,0 +1,165 @@
+#include "cpu_kernel.h"
+
+#include <cstring>
+
+#include "matmul.h"
+#include "pixels.h"
+
+namespace effk {
+namespace {
+
+constexpr int64_t kRectPixels = 128;  // of a unit, or more: the weight is read once for them
+constexpr int64_t kBlockPixels = 64;   // whose products stay in the first-level cache until they are stored
+
+inline int64_t depth_of(const ConvParams& p) { return p.kernel_h * p.kernel_w * p.x.c; }
+
+// The pixels of x under a rectangle of output pixels, padded: [rows][width][channels].
+struct Window {
+  int64_t rows, width;
+
+  explicit Window(const ConvParams& p)
+      : rows((p.rect_h - 1) * p.stride + p.kernel_h), width((p.rect_w - 1) * p.stride + p.kernel_w) {}
+};
+
+// Whether x can be read as it lies.
+template <class T>
+bool is_direct(const ConvParams& p) {
+  return std::is_same_v<T, compute_t<T>> && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
+}
+
+template <class T>
+void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Window& window, compute_t<T>* out) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const Map& x = p.x;
+  const int64_t begin = min64(max64(-left, 0), window.width), end = max64(min64(x.w - left, window.width), begin);
+  const int64_t columns = end - begin, row = window.width * x.c;
+  for (int64_t i = 0; i < window.rows; ++i) {
+    C* to = out + i * row;
+    if (top + i < 0 || top + i >= x.h) {
+      std::memset(to, 0, row * sizeof(C));
+      continue;
+    }
+    std::memset(to, 0, begin * x.c * sizeof(C));
+    std::memset(to + end * x.c, 0, (window.width - end) * x.c * sizeof(C));
+    to += begin * x.c;
+    for (int64_t c = 0; c < x.c; c += V) {
+      const int lanes = static_cast<int>(min64(x.c - c, V));
+      const T* from = row_of<T>(x, n, c, top + i) + (left + begin) * x.stride_w;
+      if (x.stride_c == 1) {
+        for (int64_t j = 0; j < columns; ++j) store_n(to + j * x.c + c, load_n(from + j * x.stride_w, lanes), lanes);
+        continue;
+      }
+      for (int64_t j = 0; j < columns; j += V) {
+        const int pixels = static_cast<int>(min64(columns - j, V));
+        C block[V * V];
+        load_pixels(from + j * x.stride_w, x.stride_w, x.stride_c, pixels, lanes, block);
+        for (int l = 0; l < pixels; ++l) store_n(to + (j + l) * x.c + c, load(block + l * V), lanes);
+      }
+    }
+  }
+}
+
+template <class T>
+void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  const int64_t share = unit % p.shares, rect = unit / p.shares % p.rects, n = unit / p.shares / p.rects;
+  const int64_t across = ceil_div(p.out_w, p.rect_w), first_row = rect / across * p.rect_h;
+  const int64_t first_column = rect % across * p.rect_w;
+  const Panels<C> panels(p.out_c);
+  const Window window(p);
+  const C *weight = static_cast<const C*>(p.packed), *norm = weight + packed_size<C>(p.out_c, depth_of(p));
+  const Finish<C> finish = finish_for<C>(p.activation);
+  const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.has_shortcut ? &p.shortcut : nullptr};
+  const int64_t rows = min64(p.rect_h, p.out_h - first_row), columns = min64(p.rect_w, p.out_w - first_column);
+  const int64_t top = first_row * p.stride - p.pad_top, left = first_column * p.stride - p.pad_left;
+  C *raw = scratch, *staged = raw + kPanelVectors * kBlockPixels * V;
+  if (!is_direct<T>(p)) stage<T>(p, n, top, left, window, staged);
+  auto operand = [&](int64_t row, int64_t column) -> Rows<C> {
+    if constexpr (std::is_same_v<T, C>)
+      if (is_direct<T>(p))
+        return {row_of<T>(p.x, n, 0, top + row * p.stride) + (left + column * p.stride) * p.x.stride_w,
+                p.stride * p.x.stride_w, p.x.stride_c, p.x.c};
+    const int64_t line = window.width * p.x.c;
+    return {staged + row * p.stride * line + column * p.stride * p.x.c, p.stride * p.x.c, 1, depth_of(p),
+            p.kernel_w * p.x.c, line};
+  };
+  for (int64_t i = share * panels.count / p.shares; i < (share + 1) * panels.count / p.shares; ++i) {
+    const int vectors = panels.vectors(i);
+    const C* panel = weight + panels.offset(i, depth_of(p));
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < columns; column += kBlockPixels) {
+        const int64_t count = min64(columns - column, kBlockPixels);
+        const int64_t pixel = (first_row + row) * p.out_w + first_column + column;
+        multiply<C>(operand(row, column), count, panel, vectors, raw, V, kBlockPixels * V);
+        for (int v = 0; v < vectors; ++v) {
+          C* block = raw + v * kBlockPixels * V;
+          finish(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
+          store_pixels<T>(y, n, pixel, count, panels.begin(i) + v, block);
+        }
+      }
+  }
+}
+
+// Makes one row of a map whose rows follow each other.
+inline bool join_rows(Map& m) {
+  if (m.h > 1 && m.stride_h != m.w * m.stride_w) return false;
+  m.w *= m.h;
+  m.h = 1;
+  return true;
+}
+
+template <class T>
+void plan(ConvParams& p, int64_t threads) {
+  using C = compute_t<T>;
+  if (p.kernel_h == 1 && p.kernel_w == 1 && p.stride == 1 && p.out_h == p.x.h && p.out_w == p.x.w) {
+    Map x = p.x, shortcut = p.shortcut;
+    if (join_rows(x) && (!p.has_shortcut || join_rows(shortcut))) {
+      p.x = x, p.shortcut = shortcut;
+      p.out_w *= p.out_h, p.out_h = 1;
+    }
+  }
+  // A row at a time, or several short ones, or a part of one that has no neighbours.
+  p.rect_w = p.out_h == 1 ? min64(p.out_w, kRectPixels) : p.out_w;
+  p.rect_h = min64(ceil_div(kRectPixels, p.out_w), p.out_h);
+  p.rects = ceil_div(p.out_h, p.rect_h) * ceil_div(p.out_w, p.rect_w);
+  p.shares = best_split(p.x.n * p.rects, Panels<C>(p.out_c).count, 0, 1, threads);
+  p.units = p.x.n * p.rects * p.shares;
+  const Window window(p);
+  p.scratch_size = kPanelVectors * kBlockPixels * kLanes<C> + (is_direct<T>(p) ? 0 : window.rows * window.width * p.x.c);
+}
+
+}  // namespace
+
+namespace EFFK_ISA {
+
+int64_t conv_packed_size(const ConvParams& p) {
+  auto size = [&](auto c) { return packed_size<decltype(c)>(p.out_c, depth_of(p) + 2); };
+  return p.dtype == Dtype::kFloat64 ? size(double{}) : size(float{});
+}
+
+void conv_pack(const ConvParams& p, const void* weight, const Affine& norm, void* packed) {
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    using C = compute_t<T>;
+    const int64_t taps = p.kernel_h * p.kernel_w, depth = depth_of(p);
+    for (int64_t t = 0; t < taps; ++t)
+      pack_weight(static_cast<const T*>(weight) + t, depth, taps, p.out_c, depth, t * p.x.c, p.x.c, static_cast<C*>(packed));
+    pack_norm(norm, p.out_c, static_cast<C*>(packed) + packed_size<C>(p.out_c, depth));
+  });
+}
+
+void conv_plan(ConvParams& p, int64_t threads) {
+  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p, threads); });
+}
+
+void conv_run(const ConvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    for (int64_t unit = first_unit; unit < last_unit; ++unit) run_unit<T>(p, unit, static_cast<compute_t<T>*>(scratch));
+  });
+}
+
+}  // namespace EFFK_ISA
+}  // namespace effk
