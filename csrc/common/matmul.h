@@ -94,8 +94,9 @@ struct Rows {
       : data(data), stride(stride), k_stride(k_stride), depth(depth), segment(segment), segment_stride(segment_stride) {}
 };
 
+// Fetches a line of `ahead` per step of the depth.
 template <class C, int R, int V>
-void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_t out_vector) {
+void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_t out_vector, const C* ahead) {
   // Of every third row, so that with strides known only at run time no address spills.
   constexpr int kBases = (R + 2) / 3;
   const int64_t stride = a.stride, step = a.k_stride;
@@ -109,6 +110,8 @@ void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes<C>);
       w += V * kLanes<C>;
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += kLanes<C>;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec<C> value = in_register(broadcast(base[r / 3][r % 3 * stride]));
@@ -126,7 +129,7 @@ void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_
 }
 
 template <class C>
-using MultiplyTile = void (*)(const Rows<C>&, const C*, C*, int64_t, int64_t);
+using MultiplyTile = void (*)(const Rows<C>&, const C*, C*, int64_t, int64_t, const C*);
 
 template <class C, int V, int... R>
 inline MultiplyTile<C> multiply_tile_of(int rows, std::integer_sequence<int, R...>) {
@@ -143,16 +146,21 @@ inline MultiplyTile<C> multiply_tile_for(int rows, int vectors) {
                         : multiply_tile_of<C, kPanelVectors>(rows, sizes);
 }
 
-// out[r][v] = the product of row r and vector v of a packed panel; strides in elements. `count` rows.
+// out[r][v] = the product of row r and vector v of a packed panel; strides in elements. `count` rows. Meanwhile the next
+// panel is fetched: `next`, or what follows this one.
 template <class C>
-void multiply(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector) {
+void multiply(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
+              const C* next = nullptr) {
   // Tiles as even as can be: nine rows as 5 and 4, since one row alone would wait for each of its products.
   const int64_t tiles = ceil_div(count, kTileRows);
   const C* data = a.data;
+  const int64_t size = a.depth * vectors * kLanes<C>;
+  if (!next) next = panel + size;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t row = i * count / tiles, rows = (i + 1) * count / tiles - row;
     a.data = data + row * a.stride;
-    multiply_tile_for<C>(static_cast<int>(rows), vectors)(a, panel, out + row * out_row, out_row, out_vector);
+    multiply_tile_for<C>(static_cast<int>(rows), vectors)(
+        a, panel, out + row * out_row, out_row, out_vector, i < vectors ? next + i * size / vectors : panel);
   }
 }
 

@@ -278,17 +278,22 @@ inline EFFK_INLINE VecF reciprocal(VecF v) {
 }
 inline EFFK_INLINE VecD reciprocal(VecD v) { return 1.0 / v; }
 
-// exp(-v) for v clamped to [-87, 87], so that neither it nor its reciprocal overflows or underflows.
-inline EFFK_INLINE VecF exp_neg(VecF v) {
-  // 2^t = 2^n 2^f with n = round(t), |f| <= 1/2, and 2^f by its minimax polynomial: relative error 7.5e-8.
-  constexpr float kScale = -1.44269504089f, kRound = 12582912.0f;  // 1.5 * 2^23: n stands in the low mantissa bits
-  v = at_most(at_least(v, -87.0f), 87.0f);
-  const VecF shifted = v * kScale + kRound, n = shifted - kRound, f = v * kScale - n;
+// 2^f for |f| <= 1/2: a minimax polynomial, relative error 7.5e-8.
+inline EFFK_INLINE VecF exp2_fraction(VecF f) {
   VecF p = f * 1.327647198e-3f + 9.675541334e-3f;
   p = p * f + 5.550713274e-2f;
   p = p * f + 2.402211972e-1f;
   p = p * f + 6.931469671e-1f;
-  p = p * f + 1.000000072f;
+  return p * f + 1.000000072f;
+}
+
+// exp(-v) for v clamped to [-87, 87], so that neither it nor its reciprocal overflows or underflows.
+inline EFFK_INLINE VecF exp_neg(VecF v) {
+  // 2^t = 2^n 2^f with n = round(t).
+  constexpr float kScale = -1.44269504089f, kRound = 12582912.0f;  // 1.5 * 2^23: n stands in the low mantissa bits
+  v = at_most(at_least(v, -87.0f), 87.0f);
+  const VecF shifted = v * kScale + kRound, n = shifted - kRound, f = v * kScale - n;
+  const VecF p = exp2_fraction(f);
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(0xffff, p, n);
 #else
@@ -301,13 +306,33 @@ inline EFFK_INLINE VecD exp_neg(VecD v) {
   return out;
 }
 
+// 1 / (1 + exp(-z)).
+template <class V>
+inline EFFK_INLINE V logistic(V z) {
+  return reciprocal(static_cast<std::remove_reference_t<decltype(z[0])>>(1) + exp_neg(z));
+}
+#if defined(__AVX512F__)
+// As above in fewer steps: the processor takes the fraction of the exponent, saturates 2^n and gives 1 / infinity = 0, so
+// that only the Newton step needs a bound.
+inline EFFK_INLINE VecF logistic(VecF z) {
+  const VecF t = z * -1.44269504089f;
+  const VecF f = _mm512_maskz_reduce_ps(0xffff, t, 8);  // t - round(t), of infinity zero
+  const VecF e = 1.0f + VecF(_mm512_maskz_scalef_ps(0xffff, exp2_fraction(f), t - f));
+  const VecF r = _mm512_maskz_rcp14_ps(0xffff, e);
+  return r * (2.0f - at_most(e, 0x1.fffffep127f) * r);
+}
+#endif
+
 template <int A, class V>
 inline EFFK_INLINE V activate(V z) {
   using C = std::remove_reference_t<decltype(z[0])>;
   constexpr C one = 1, three = 3, six = 6;
+#if defined(__AVX512F__)
+  if constexpr (A == kSilu && std::is_same_v<C, float>) return z * logistic(z);
+#endif
   // The last term makes NaN of -infinity, which the exponential's clamp hides, as the quotient z / infinity would.
-  if constexpr (A == kSilu) return z * reciprocal(one + exp_neg(z)) + at_most(z, 0) * 0;
-  if constexpr (A == kSigmoid) return reciprocal(one + exp_neg(z));
+  if constexpr (A == kSilu) return z * logistic(z) + at_most(z, 0) * 0;
+  if constexpr (A == kSigmoid) return logistic(z);
   if constexpr (A == kRelu) return at_least(z, 0);
   if constexpr (A == kRelu6) return at_most(at_least(z, 0), six);
   if constexpr (A == kHardswish) return z * at_most(at_least(z + three, 0), six) * (one / six);

@@ -43,6 +43,14 @@ void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Wind
     std::memset(to, 0, begin * x.c * sizeof(C));
     std::memset(to + end * x.c, 0, (window.width - end) * x.c * sizeof(C));
     to += begin * x.c;
+    if (x.stride_c == 1 && x.stride_w == x.c) {
+      const T* from = row_of<T>(x, n, 0, top + i) + (left + begin) * x.c;
+      for (int64_t j = 0; j < columns * x.c; j += V) {
+        const int lanes = static_cast<int>(min64(columns * x.c - j, V));
+        store_n(to + j, load_n(from + j, lanes), lanes);
+      }
+      continue;
+    }
     for (int64_t c = 0; c < x.c; c += V) {
       const int lanes = static_cast<int>(min64(x.c - c, V));
       const T* from = row_of<T>(x, n, c, top + i) + (left + begin) * x.stride_w;

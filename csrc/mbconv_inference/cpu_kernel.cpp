@@ -130,7 +130,7 @@ void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t b
   const Finish<C> finish1 = finish_for<C>(p.act1), finish2 = finish_for<C>(p.act2);
   const ConvRow<C> conv = conv_row_for<C>(p);
   C *rings = scratch, *lines = rings + kPanelVectors * r.ring, *staged_x = lines + kPanelVectors * r.line;
-  double sums[kPanelVectors][V] = {};
+  Vec<C> sums[kPanelVectors] = {};
   for (int64_t i = 0; i < vectors * r.ring; i += V) store(rings + i, Vec<C>{});
 
   const int64_t row_end = min64((band + 1) * p.band_rows, p.out_h);
@@ -167,13 +167,11 @@ void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t b
       conv(window, ky_begin, ky_end, packed + at.depthwise + (first + v) * taps * V,
            ceil_div(p.out_w, tile_of(p.out_w)), lines);
       C* d = image + (first + v) * im.plane + row * p.out_w * V;
-      const Vec<C> sum = finish2(lines, d, p.out_w, packed_scale(packed + at.norm2, p.hidden, first + v));
-      for (int i = 0; i < V; ++i) sums[v][i] += sum[i];
+      sums[v] += finish2(lines, d, p.out_w, packed_scale(packed + at.norm2, p.hidden, first + v));
     }
   }
   C* out = image + im.sums + band * round_up<C>(p.hidden) + first * V;
-  for (int v = 0; v < vectors; ++v)
-    for (int i = 0; i < V; ++i) out[v * V + i] = static_cast<C>(sums[v][i]);
+  for (int v = 0; v < vectors; ++v) store(out + v * V, sums[v]);
 }
 
 // --- gate -------------------------------------------------------------------------------------------------------------
@@ -218,6 +216,7 @@ void project(const MbconvParams& p, int64_t n, int64_t i, int64_t split, const c
   const Panels<C> panels(p.out_c);
   const int vectors = panels.vectors(i);
   const C* w = static_cast<const C*>(p.packed) + Packed<C>(p).project + panels.offset(i, p.hidden);
+  const C* next = w + p.hidden * vectors * V;
   C *raw = scratch, *scaled = raw + kBlockPixels * kPanelVectors * V;
   if (p.squeezed && !scales_map(p)) {
     for (int64_t k = 0; k < p.hidden; ++k) {
@@ -231,7 +230,8 @@ void project(const MbconvParams& p, int64_t n, int64_t i, int64_t split, const c
   const int64_t end = min64((split + 1) * p.split_pixels, p.out_h * p.out_w);
   for (int64_t pixel = split * p.split_pixels; pixel < end; pixel += kBlockPixels) {
     const int64_t count = min64(end - pixel, kBlockPixels);
-    multiply<C>({image + pixel * V, V, 1, p.hidden, V, im.plane}, count, w, vectors, raw, V, kBlockPixels * V);
+    multiply<C>({image + pixel * V, V, 1, p.hidden, V, im.plane}, count, w, vectors, raw, V, kBlockPixels * V,
+                next);
     for (int v = 0; v < vectors; ++v) {
       C* block = raw + v * kBlockPixels * V;
       finish<C, kIdentity>(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
