@@ -30,6 +30,7 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
     session = getattr(config, "_benchmarksession", None)
+    _write_models(terminalreporter, config, session.benchmarks if session else [])
     compared = [b for b in session.benchmarks if "faster" in b.extra_info] if session else []
     if not compared:
         return
@@ -43,6 +44,20 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         write("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]))
     write("Medians over rounds in which each variant runs once; effkernels and eager each in their better layout;")
     write("`other layout` is effkernels' speed in its other layout, as a fraction of that in its better one.")
+
+
+def _write_models(terminalreporter, config, benchmarks) -> None:
+    found = [b for b in benchmarks if "against_best" in b.extra_info]
+    if not found:
+        return
+    threads = config.getoption("--benchmark-threads")
+    terminalreporter.section(f"whole models: medians of calls in turns, ms, {threads} thread(s)")
+    for benchmark in found:
+        info = benchmark.extra_info
+        times = ", ".join(f"{name} {value:.1f}" for name, value in info["milliseconds"].items())
+        ratios = ", ".join(f"{name} {median:.2f}x" for name, (_, median, _) in info["against_best"].items())
+        terminalreporter.write_line(f"{benchmark.name.removeprefix('test_')}: {times}")
+        terminalreporter.write_line(f"    against {info['best']}: {ratios} (target {info['target']}x)")
 
 
 def _row(name: str, info: dict) -> tuple[str, ...]:

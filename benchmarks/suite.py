@@ -49,12 +49,9 @@ def on(backend: str, function: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def compare(benchmark: Any, variants: dict[tuple[str, str], Callable[[], Any]], target: float | None) -> None:
-    """Time (implementation, layout) variants in turns, one call of each per round, and keep their ratios.
-
-    Each round is compared with itself: what disturbs the machine for longer than a round disturbs both sides.
-    """
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
+def _in_turns(benchmark: Any, variants: dict[Any, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Any, list[float]]:
+    """The seconds of each variant's calls, one of each per round."""
+    samples: dict[Any, list[float]] = {key: [] for key in variants}
 
     def one_round() -> None:
         for key, call in variants.items():
@@ -62,8 +59,16 @@ def compare(benchmark: Any, variants: dict[tuple[str, str], Callable[[], Any]], 
             call()
             samples[key].append(time.perf_counter() - start)
 
-    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=3)
-    kept = {key: values[3:] for key, values in samples.items()}
+    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=3)
+    return {key: values[3:] for key, values in samples.items()}
+
+
+def compare(benchmark: Any, variants: dict[tuple[str, str], Callable[[], Any]], target: float | None) -> None:
+    """Time (implementation, layout) variants in turns, one call of each per round, and keep their ratios.
+
+    Each round is compared with itself: what disturbs the machine for longer than a round disturbs both sides.
+    """
+    kept = _in_turns(benchmark, variants)
     medians = {key: statistics.median(values) for key, values in kept.items()}
     eager = min((key for key in variants if key[0] == "eager"), key=medians.__getitem__)
     implementation = next(name for name, _ in variants if name != "eager")
@@ -75,6 +80,21 @@ def compare(benchmark: Any, variants: dict[tuple[str, str], Callable[[], Any]], 
         faster=_quartiles(kept[eager], kept[best]),
         backend=implementation,
         other_layout=_quartiles(kept[best], kept[other]),
+        target=target,
+    )
+
+
+def compare_with_best(
+    benchmark: Any, variants: dict[str, Callable[[], Any]], ours: str, target: float, rounds: int = 10
+) -> None:
+    """Time `variants` in turns; keep how much faster those whose name begins with `ours` are than the best other."""
+    kept = _in_turns(benchmark, variants, rounds)
+    medians = {key: statistics.median(values) for key, values in kept.items()}
+    best = min((key for key in variants if not key.startswith(ours)), key=medians.__getitem__)
+    benchmark.extra_info.update(
+        milliseconds={key: 1000 * value for key, value in medians.items()},
+        best=best,
+        against_best={key: _quartiles(kept[best], kept[key]) for key in variants if key.startswith(ours)},
         target=target,
     )
 

@@ -74,7 +74,7 @@ def test_every_block_is_fused(network, kernels):
         converted(images[0])
     assert {d.backend for d in decisions} == {kernels}
     report = effkernels.conversion_report(converted)
-    assert len(report.fused) in (16, 40)
+    assert len(report.fused) in (16, 18, 40, 42)  # with torchvision's stem and head
     assert not report.altered
     assert {entry.reason for entry in report.left} == {"plain PyTorch layers"}
     assert f"fused: {len(report.fused)} blocks" in str(report)
