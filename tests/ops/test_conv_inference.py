@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from phases import feature_map
-from tolerance import assert_close_to_reference
 
 from effkernels import _native, ops, use_backend
+from effkernels.ops._cases import assert_close_to_reference, feature_map
 from effkernels.ops._layout import empty_map
 from effkernels.ops.conv_inference import Convolution, op, pack_convolution
 from effkernels.ops.dwconv import Norm
