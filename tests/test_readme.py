@@ -14,7 +14,7 @@ def test_examples_run(capsys):
     for example in examples:
         exec(compile(example, README.name, "exec"), namespace)
     output = capsys.readouterr().out
-    assert "fused: 16 blocks" in output
+    assert "fused: 18 blocks" in output
     assert "torch.Size([2, 10])" in output
 
 

@@ -12,7 +12,7 @@ def test_swap(capsys):
     zoo.torchvision()
     runpy.run_path(str(EXAMPLES / "swap.py"))["main"](image_size=64, batch_size=2)
     output = capsys.readouterr().out
-    assert "fused: 16 blocks" in output
+    assert "fused: 18 blocks" in output
     difference = next(line for line in output.splitlines() if line.startswith("relative difference"))
     assert float(difference.split()[-1]) < 1e-3
 
