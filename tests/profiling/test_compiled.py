@@ -69,7 +69,6 @@ def test_occupancy(arch, threads, registers, shared, percent):
     assert occupancy(CHIPS[arch], threads, registers, shared) == percent
 
 
-@pytest.mark.xfail(reason="modules do not train on the kernels of `effkernels.ops.mbconv` yet", strict=False)
 def test_every_triton_kernel_is_launched():
     defined = set()
     for file in pathlib.Path(ops.__file__).parent.rglob("*triton.py"):
