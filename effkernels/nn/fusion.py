@@ -12,6 +12,7 @@ from effkernels import backends
 from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
+from effkernels.ops._checks import autocast_dtype
 from effkernels.ops.conv_inference import Convolution, conv_bn_act, pack_convolution
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
 from effkernels.ops.mbconv import Stage
@@ -198,8 +199,7 @@ def _is_mbconv(block: Block) -> bool:
 def _train_mbconv(block: Block, x: Tensor) -> Tensor:
     expand, depthwise, se, project, drop_path, shortcut = block
     assert depthwise is not None and project is not None
-    device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype not in (torch.float64, torch.get_autocast_dtype(device))
+    cast = autocast_dtype(x) not in (None, x.dtype)
     # Under autocast a shortcut may be wider than the branch; `shortcut` knows the dtype of their sum.
     residual = shortcut is not None and not cast and parts.scales_images(drop_path)
     y = mbconv(
