@@ -1,7 +1,7 @@
 """The CPU kernels under the address, undefined-behaviour and thread sanitisers: `python tests/sanitizers/run.py`.
 
 Builds csrc/*/cpu_kernel.cpp for every instruction set, with the cases beside this file, and runs what this machine can
-on 2 and 4 threads. A new kernel needs a file of cases here, named after its folder.
+on 2 and 4 threads. A kernel's cases are in a file here, named after its folder; kernels without are named as skipped.
 """
 
 import os
@@ -20,10 +20,11 @@ SANITIZERS = {"address,undefined": ("read beyond", "overflow"), "thread": ("race
 def main() -> None:
     if _native.introspection is None:
         raise SystemExit(f"no introspection module: {_native.BUILD.missing['introspection']}")
-    kernels = _build.sources("*/cpu_kernel.cpp")
-    missing = [kernel.parent.name for kernel in kernels if not (HERE / f"{kernel.parent.name}.cpp").exists()]
-    if missing:
-        raise SystemExit(f"tests/sanitizers has no cases of {', '.join(missing)}")
+    sources = _build.sources("*/cpu_kernel.cpp")
+    kernels = [source for source in sources if (HERE / f"{source.parent.name}.cpp").exists()]
+    skipped = [source.parent.name for source in sources if source not in kernels]
+    if skipped:
+        print(f"\n*** SKIPPED, not run under sanitizers: {', '.join(skipped)} have no cases in tests/sanitizers\n")
     with tempfile.TemporaryDirectory() as folder:
         for sanitizer, mistakes in SANITIZERS.items():
             driver = build(pathlib.Path(folder), sanitizer, kernels)
