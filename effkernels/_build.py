@@ -168,8 +168,7 @@ def build_without_torch() -> str | None:
         return tools
     home = _writable_home()
     with _lock(home):
-        obstacles = {"cpu": None, "cuda": _why_no_nvcc(), "introspection": _why_no_introspection()}
-        _run_ninja(None, tools, home / "work", [name for name, reason in obstacles.items() if reason is None])
+        _run_ninja(None, tools, home / "work", [name for name in LIBRARIES if _obstacle(name, None) is None])
     return None
 
 
@@ -255,30 +254,22 @@ def _nothing(reason: str) -> Build:
     return Build(None, dict.fromkeys(LIBRARIES, reason))
 
 
-def _obstacle(library: str, torch: Torch) -> str | None:
+def _obstacle(library: str, torch: Torch | None) -> str | None:
     """Why `library` need not be tried."""
     if library == "cuda":
         return _why_no_cuda(torch)
     return _why_no_introspection() if library == "introspection" else None
 
 
-def _why_no_cuda(torch: Torch) -> str | None:
-    if torch.cuda is None:
+def _why_no_cuda(torch: Torch | None) -> str | None:
+    if torch and torch.cuda is None:
         return f"torch {torch.version} is not a CUDA build"
-    if reason := _why_no_nvcc(torch.cuda):
-        return reason
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    release = nvcc_release(nvcc)
-    if release.split(".")[0] != torch.cuda.split(".")[0]:
-        return f"{nvcc} is of CUDA {release}, but torch {torch.version} of CUDA {torch.cuda}"
-    return None
-
-
-def _why_no_nvcc(wanted: str = "") -> str | None:
     nvcc = find_nvcc()
     if nvcc is None:
-        return f"no nvcc: install the CUDA toolkit {wanted}, or set CUDA_HOME"
+        return f"no nvcc: install the CUDA toolkit{f' {torch.cuda}' if torch else ''}, or set CUDA_HOME"
+    release = nvcc_release(nvcc)
+    if torch and torch.cuda and release.split(".")[0] != torch.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release}, but torch {torch.version} of CUDA {torch.cuda}"
     try:
         cuda_arches(nvcc)
     except ValueError as error:
@@ -306,6 +297,8 @@ def cuda_arches(nvcc: str) -> list[str]:
     if requested == [""]:
         known = _output([nvcc, "--list-gpu-arch"]).split()
         arches = [arch for arch in CUDA_ARCHES if f"compute_{_digits(arch)}" in known]
+        if not arches:
+            raise ValueError(f"{nvcc} compiles for none of {', '.join(CUDA_ARCHES)}; set TORCH_CUDA_ARCH_LIST")
         return [*arches[:-1], f"{arches[-1]}+PTX"]
     for arch in requested:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):

@@ -195,6 +195,8 @@ def test_a_reason_that_holds_no_longer_is_noticed(tree, monkeypatch):
 def test_arch_list(tree, monkeypatch, tmp_path):
     nvcc = fake(tmp_path, "nvcc", "compute_75 compute_80 compute_90")
     assert tree.cuda_arches(nvcc) == ["7.5", "8.0", "9.0+PTX"], "those of the default list that this nvcc knows"
+    with pytest.raises(ValueError, match=r"compiles for none of 7\.5, .*set TORCH_CUDA_ARCH_LIST"):
+        tree.cuda_arches(fake(tmp_path, "old_nvcc", "compute_50"))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0; 9.0a+PTX")
     assert tree.cuda_arches(nvcc) == ["8.0", "9.0a+PTX"]
     assert tree._gencode("9.0a+PTX") == [
