@@ -31,6 +31,7 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
 def pytest_terminal_summary(terminalreporter, config) -> None:
     session = getattr(config, "_benchmarksession", None)
     _write_models(terminalreporter, config, session.benchmarks if session else [])
+    _write_memory(terminalreporter, session.benchmarks if session else [])
     compared = [b for b in session.benchmarks if "faster" in b.extra_info] if session else []
     if not compared:
         return
@@ -58,6 +59,18 @@ def _write_models(terminalreporter, config, benchmarks) -> None:
         ratios = ", ".join(f"{name} {median:.2f}x" for name, (_, median, _) in info["against_best"].items())
         terminalreporter.write_line(f"{benchmark.name.removeprefix('test_')}: {times}")
         terminalreporter.write_line(f"    against {info['best']}: {ratios} (target {info['target']}x)")
+
+
+def _write_memory(terminalreporter, benchmarks) -> None:
+    found = [b for b in benchmarks if "mebibytes" in b.extra_info]
+    if not found:
+        return
+    terminalreporter.section("memory, MiB")
+    for benchmark in found:
+        info = benchmark.extra_info
+        amounts = ", ".join(f"{name} {value:.1f}" for name, value in info["mebibytes"].items())
+        name = benchmark.name.removeprefix("test_")
+        terminalreporter.write_line(f"{name}: {amounts} (target: at most {info['at_most']:.1f})")
 
 
 def _row(name: str, info: dict) -> tuple[str, ...]:

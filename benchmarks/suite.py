@@ -99,5 +99,10 @@ def compare_with_best(
     )
 
 
+def keep_bytes(benchmark: Any, found: dict[str, int], at_most: float) -> None:
+    """Keep what each implementation takes, and how much effkernels may take."""
+    benchmark.extra_info.update(mebibytes={key: value / 2**20 for key, value in found.items()}, at_most=at_most / 2**20)
+
+
 def _quartiles(numerators: list[float], denominators: list[float]) -> list[float]:
     return statistics.quantiles([a / b for a, b in zip(numerators, denominators, strict=True)], n=4)

@@ -9,6 +9,7 @@ from torch import Tensor
 from effkernels import backends, ops, use_backend
 from effkernels.ops.mbconv import Gate, Stage
 from effkernels.ops.mbconv.op import MBCONV
+from effkernels.profiling.saved import saved_bytes
 from effkernels.profiling.traffic import count_bytes
 
 f32, f64 = torch.float32, torch.float64
@@ -185,19 +186,12 @@ def test_double_use(kernels):
 def test_saved_for_backward(expand, kernels):
     """x, the raw outputs of the convolutions, and vectors."""
     positional, named = block((4, 16, 12, 12), hidden=64, out=16, dtype=f32, expand=expand)
-    given = {t.data_ptr() for t in leaves(positional[0], positional[1:])[1:]}
-    saved = {}
-
-    def pack(tensor):
-        if tensor.data_ptr() not in given:
-            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = ops.mbconv(*positional, **named)
-    maps = (y.numel() + positional[0].numel() + (2 * 64 if expand else 16) * 4 * 144) * 4
+    x, *stages = positional
+    kept = saved_bytes(lambda: ops.mbconv(*positional, **named), parameters=leaves(x, stages)[1:])
+    channels = 2 * 16 + (2 * 64 if expand else 16)  # x and p; e and d
+    maps = channels * x[:, 0].numel() * 4
     vectors = (4 * 64 * 4 + 2 * (2 * 64 + 16)) * 4
-    assert maps < sum(saved.values()) <= maps + vectors
+    assert maps < sum(kept) <= maps + vectors
 
 
 def test_bytes_of_the_forward_pass(kernels):
