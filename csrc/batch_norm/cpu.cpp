@@ -39,12 +39,15 @@ Tensor bn_pool(const Tensor& x, const Tensor& mean, const Tensor& var, std::opti
   const Tensor out = empty_strided(x, {p.sums_count, p.x.n, p.x.c}, strides, statistics_dtype(x));
   const double area = static_cast<double>(p.x.h * p.x.w);
   const int64_t image = p.bands * p.sums_count * p.padded * compute_size(p.dtype);
-  for (int64_t n = 0; n < p.x.n; ++n)
-    merge_parts(p.dtype, static_cast<char*>(p.sums) + n * image, p.bands, p.sums_count, p.padded, p.x.c,
-                [&](int64_t row, int64_t c, double sum) {
-                  const double value = row == 0 ? sum / area : row == 2 ? sum * norm.rstd()[c] : sum;
-                  set_value(out, (row * p.x.n + n) * p.x.c + c, value);
-                });
+  with_compute(p.dtype, [&](auto zero) {
+    using C = decltype(zero);
+    for (int64_t n = 0; n < p.x.n; ++n)
+      merge_parts(static_cast<char*>(p.sums) + n * image, p.bands, p.sums_count, p.padded, p.x.c,
+                  static_cast<C*>(out.mutable_data_ptr()) + n * p.x.c, strides[0], 1,
+                  [&](int64_t row, int64_t c, double sum) {
+                    return row == 0 ? sum / area : row == 2 ? sum * norm.rstd()[c] : sum;
+                  });
+  });
   return out;
 }
 
@@ -82,8 +85,10 @@ Tensor bn_backward_sums(const Tensor& grad, std::optional<Tensor> scale, std::op
   p.added = data_of(added);
   run_norm_pass(p);
   const Tensor out = empty_matrix(x, 2, p.x.c, statistics_dtype(x));
-  merge_parts(p.dtype, p.sums, p.units, 2, p.padded, p.x.c, [&](int64_t row, int64_t c, double sum) {
-    set_value(out, row * p.x.c + c, row == 1 ? sum * norm.rstd()[c] : sum);
+  with_compute(p.dtype, [&](auto zero) {
+    using C = decltype(zero);
+    merge_parts(p.sums, p.units, 2, p.padded, p.x.c, static_cast<C*>(out.mutable_data_ptr()), p.x.c, 1,
+                [&](int64_t row, int64_t c, double sum) { return row == 1 ? sum * norm.rstd()[c] : sum; });
   });
   return out;
 }

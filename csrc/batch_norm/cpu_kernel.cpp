@@ -25,10 +25,10 @@ void pass_tile(const NormPassParams& p, int64_t n, Tile<C> x, Tile<C> other, int
     const Vec<C> added = lanes_of<C>(p.added, n * p.x.c + c, lanes, 0);
     Vec<C> sum[3] = {};
     for (int64_t i = 0; i < pixels; ++i) {
-      const Vec<C> value = load(x.data + i * x.stride + c), z = value * scale + shift;
+      const Vec<C> value = x.at(i, c), z = value * scale + shift;
       if constexpr (K == NormPassParams::kResidual) {
         Vec<C> y = z * factor;
-        if (other.data) y += load(other.data + i * other.stride + c);
+        if (other.data) y += other.at(i, c);
         store(out + i * p.padded + c, y);
       } else if constexpr (K == NormPassParams::kPoolOnly) {
         sum[0] += activate<A>(z);
@@ -40,7 +40,7 @@ void pass_tile(const NormPassParams& p, int64_t n, Tile<C> x, Tile<C> other, int
           sum[1] += slope;
           sum[2] += slope * (value - mean);
         } else {
-          const Vec<C> dz = (load(other.data + i * other.stride + c) * factor + added) * slope;
+          const Vec<C> dz = (other.at(i, c) * factor + added) * slope;
           sum[0] += dz;
           sum[1] += dz * (value - mean);
         }

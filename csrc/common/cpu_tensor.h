@@ -27,6 +27,12 @@ inline ScalarType statistics_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// f(zero of what kernels compute in, which is the dtype of statistics).
+template <class F>
+void with_compute(Dtype dtype, F f) {
+  dtype == Dtype::kFloat64 ? f(double{}) : f(float{});
+}
+
 inline size_t compute_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float); }
 
 inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, const int64_t* strides,
@@ -68,6 +74,16 @@ auto with_data(const Tensor& t, F f) {
   }
 }
 
+// The values of a small strided vector of any floating dtype.
+inline std::vector<double> values_of(const Tensor& t, int64_t offset, int64_t stride, int64_t count) {
+  std::vector<double> values(count);
+  with_data(t, [&](auto* data) {
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(data[offset + i * stride]);
+  });
+  return values;
+}
+inline std::vector<double> values_of(const Tensor& t) { return values_of(t, 0, t.stride(0), t.numel()); }
+
 // BatchNorm as scale and shift per channel, in the dtype that the kernels compute in.
 class FoldedNorm {
  public:
@@ -78,7 +94,6 @@ class FoldedNorm {
     require(var.has_value(), "effkernels: a BatchNorm with a mean needs a variance");
     for (const auto* t : {&mean, &var, &gamma, &beta})
       require(!*t || has_shape(**t, {channels}), "effkernels: the tensors of a BatchNorm must have shape [C]");
-    channels_ = mean->numel();
     dtype == Dtype::kFloat64 ? fold<double>(*mean, *var, gamma, beta, eps) : fold<float>(*mean, *var, gamma, beta, eps);
   }
 
@@ -92,28 +107,19 @@ class FoldedNorm {
   template <class C>
   void fold(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& gamma,
             const std::optional<Tensor>& beta, double eps) {
-    values_.resize(2 * channels_ * sizeof(C));
-    C* scale = reinterpret_cast<C*>(values_.data());
-    C* shift = scale + channels_;
-    auto each = [&](const Tensor& t, auto f) {
-      with_data(t, [&](auto* data) {
-        const int64_t stride = t.stride(0);
-        for (int64_t c = 0; c < channels_; ++c) f(c, static_cast<double>(data[c * stride]));
-      });
-    };
-    std::vector<double> s(channels_);
-    each(var, [&](int64_t c, double v) { s[c] = 1 / std::sqrt(v + eps); });
-    if (gamma) each(*gamma, [&](int64_t c, double v) { s[c] *= v; });
-    std::vector<double> b(channels_, 0.0);
-    if (beta) each(*beta, [&](int64_t c, double v) { b[c] = v; });
-    each(mean, [&](int64_t c, double v) {
-      scale[c] = static_cast<C>(s[c]);
-      shift[c] = static_cast<C>(b[c] - v * s[c]);
-    });
+    const std::vector<double> means = values_of(mean), vars = values_of(var);
+    const std::vector<double> gammas = gamma ? values_of(*gamma) : std::vector<double>(means.size(), 1.0);
+    const std::vector<double> betas = beta ? values_of(*beta) : std::vector<double>(means.size(), 0.0);
+    values_.resize(2 * means.size() * sizeof(C));
+    C *scale = reinterpret_cast<C*>(values_.data()), *shift = scale + means.size();
+    for (size_t c = 0; c < means.size(); ++c) {
+      const double factor = gammas[c] / std::sqrt(vars[c] + eps);
+      scale[c] = static_cast<C>(factor);
+      shift[c] = static_cast<C>(betas[c] - means[c] * factor);
+    }
   }
 
   int32_t activation_;
-  int64_t channels_ = 0;
   std::vector<char> values_;
 };
 
@@ -127,10 +133,10 @@ class BackwardNormVectors {
       : folded_(mean, var, gamma, beta, eps, activation, dtype, channels) {
     if (!mean) return;
     require(!grad_means || has_shape(*grad_means, {2, channels}), "effkernels: grad_means must have shape [2, C]");
-    rstd_.resize(channels);
+    rstd_ = values_of(*var);
+    for (double& v : rstd_) v = 1 / std::sqrt(v + eps);
     corrected_ = grad_means.has_value();
-    dtype == Dtype::kFloat64 ? fill<double>(*mean, *var, gamma, eps, grad_means)
-                             : fill<float>(*mean, *var, gamma, eps, grad_means);
+    dtype == Dtype::kFloat64 ? fill<double>(*mean, gamma, grad_means) : fill<float>(*mean, gamma, grad_means);
   }
 
   NormBackward vectors() const {
@@ -146,24 +152,22 @@ class BackwardNormVectors {
 
  private:
   template <class C>
-  void fill(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& gamma, double eps,
-            const std::optional<Tensor>& grad_means) {
+  void fill(const Tensor& mean, const std::optional<Tensor>& gamma, const std::optional<Tensor>& grad_means) {
     const int64_t channels = static_cast<int64_t>(rstd_.size());
     values_.resize(3 * channels * sizeof(C));
-    C *means = reinterpret_cast<C*>(values_.data()), *slope = means + channels, *constant = slope + channels;
-    const auto at = [](const Tensor& t, int64_t i) {
-      return with_data(t, [&](auto* data) { return static_cast<double>(data[i * t.stride(-1)]); });
+    C *out = reinterpret_cast<C*>(values_.data()), *slope = out + channels, *constant = slope + channels;
+    const std::vector<double> means = values_of(mean);
+    std::copy(means.begin(), means.end(), out);
+    if (!grad_means) return;
+    const std::vector<double> gammas = gamma ? values_of(*gamma) : std::vector<double>(channels, 1.0);
+    const auto row = [&](int64_t i) {
+      return values_of(*grad_means, i * grad_means->stride(0), grad_means->stride(1), channels);
     };
+    const std::vector<double> of_dz = row(0), of_product = row(1);
     for (int64_t c = 0; c < channels; ++c) {
-      rstd_[c] = 1 / std::sqrt(at(var, c) + eps);
-      means[c] = static_cast<C>(at(mean, c));
-      if (!grad_means) continue;
-      const double factor = gamma ? rstd_[c] * at(*gamma, c) : rstd_[c];
-      with_data(*grad_means, [&](auto* data) {
-        const auto mean_of = [&](int64_t i) { return data[i * grad_means->stride(0) + c * grad_means->stride(1)]; };
-        slope[c] = static_cast<C>(-factor * rstd_[c] * mean_of(1));
-        constant[c] = static_cast<C>(-factor * mean_of(0));
-      });
+      const double factor = rstd_[c] * gammas[c];
+      slope[c] = static_cast<C>(-factor * rstd_[c] * of_product[c]);
+      constant[c] = static_cast<C>(-factor * of_dz[c]);
     }
   }
 
@@ -210,26 +214,22 @@ void* scratch(size_t bytes) {
   return buffer.data.get();
 }
 
-// The sum over `parts` partial results [rows, padded], in a fixed order and in double: f(row, channel, sum).
-template <class F>
-void merge_parts(Dtype dtype, const void* data, int64_t parts, int64_t rows, int64_t padded, int64_t channels, F f) {
-  const auto merge = [&](auto* values) {
-    std::vector<double> total(padded);
-    for (int64_t row = 0; row < rows; ++row) {
+// out[row * out_row + c * out_channel] = f(row, c, sum over `parts` partial results [rows, padded], in a fixed order and in
+// double), of C.
+template <class C, class F>
+void merge_parts(const void* data, int64_t parts, int64_t rows, int64_t padded, int64_t channels, C* out,
+                 int64_t out_row, int64_t out_channel, F f) {
+  const C* values = static_cast<const C*>(data);
+  const int64_t grain = std::max<int64_t>((64 << 10) / std::max<int64_t>(parts * channels, 1), 1);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(channels);
+    for (int64_t row = begin; row < end; ++row) {
       std::fill(total.begin(), total.end(), 0.0);
       for (int64_t part = 0; part < parts; ++part)
         for (int64_t c = 0; c < channels; ++c) total[c] += values[(part * rows + row) * padded + c];
-      for (int64_t c = 0; c < channels; ++c) f(row, c, total[c]);
+      for (int64_t c = 0; c < channels; ++c) out[row * out_row + c * out_channel] = static_cast<C>(f(row, c, total[c]));
     }
-  };
-  dtype == Dtype::kFloat64 ? merge(static_cast<const double*>(data)) : merge(static_cast<const float*>(data));
-}
-
-// Writes element `i` of a dense tensor of statistics.
-inline void set_value(const Tensor& t, int64_t i, double value) {
-  void* data = t.mutable_data_ptr();
-  if (t.scalar_type() == ScalarType::Double) static_cast<double*>(data)[i] = value;
-  else static_cast<float*>(data)[i] = static_cast<float>(value);
+  });
 }
 
 // Merges the partial sums [n, bands, 2, c] of a kernel, in a fixed order: a mean over each image's map [n, c], or

@@ -95,12 +95,17 @@ struct Rows {
 };
 
 // Fetches a line of `ahead` per step of the depth.
-template <class C, int R, int V>
+template <class C, int R, int V, bool kAdd>
 void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_t out_vector, const C* ahead) {
   // Of every third row, so that with strides known only at run time no address spills.
   constexpr int kBases = (R + 2) / 3;
   const int64_t stride = a.stride, step = a.k_stride;
   Vec<C> acc[R][V] = {};
+  if (kAdd)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) __builtin_prefetch(out + r * out_row + v * out_vector, 1);
   const C* segment = a.data;
   for (int64_t begin = 0; begin < a.depth; begin += a.segment, segment += a.segment_stride) {
     const C* base[kBases];
@@ -125,42 +130,52 @@ void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + r * out_row + v * out_vector, acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      C* at = out + r * out_row + v * out_vector;
+      store(at, kAdd ? load(at) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <class C>
 using MultiplyTile = void (*)(const Rows<C>&, const C*, C*, int64_t, int64_t, const C*);
 
-template <class C, int V, int... R>
+template <class C, bool kAdd, int V, int... R>
 inline MultiplyTile<C> multiply_tile_of(int rows, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyTile<C> tiles[] = {&multiply_tile<C, R + 1, V>...};
+  static constexpr MultiplyTile<C> tiles[] = {&multiply_tile<C, R + 1, V, kAdd>...};
   return tiles[rows - 1];
 }
 
-template <class C>
+template <class C, bool kAdd>
 inline MultiplyTile<C> multiply_tile_for(int rows, int vectors) {
   constexpr auto sizes = std::make_integer_sequence<int, kTileRows>{};
   static_assert(kPanelVectors <= 3);
-  return vectors == 1   ? multiply_tile_of<C, 1>(rows, sizes)
-         : vectors == 2 ? multiply_tile_of<C, 2>(rows, sizes)
-                        : multiply_tile_of<C, kPanelVectors>(rows, sizes);
+  return vectors == 1   ? multiply_tile_of<C, kAdd, 1>(rows, sizes)
+         : vectors == 2 ? multiply_tile_of<C, kAdd, 2>(rows, sizes)
+                        : multiply_tile_of<C, kAdd, kPanelVectors>(rows, sizes);
 }
 
-// out[r][v] = the product of row r and vector v of a packed panel; strides in elements. `count` rows. Meanwhile the next
-// panel is fetched: `next`, or what follows this one.
+// What will be read next, to be fetched during a product.
 template <class C>
+struct Ahead {
+  const C* data;
+  int64_t size;
+};
+
+// out[r][v] = the product of row r and vector v of a packed panel, or += that; strides in elements. `count` rows.
+// Meanwhile `next` is fetched, the panel after this one if nothing else is given.
+template <class C, bool kAdd = false>
 void multiply(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
-              const C* next = nullptr) {
+              Ahead<C> next = {}) {
   // Tiles as even as can be: nine rows as 5 and 4, since one row alone would wait for each of its products.
   const int64_t tiles = ceil_div(count, kTileRows);
   const C* data = a.data;
-  const int64_t size = a.depth * vectors * kLanes<C>;
-  if (!next) next = panel + size;
+  const int64_t size = a.depth * vectors * kLanes<C>, step = a.depth * kLanes<C>;
+  if (!next.data) next = {panel + size, size};
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t row = i * count / tiles, rows = (i + 1) * count / tiles - row;
     a.data = data + row * a.stride;
-    multiply_tile_for<C>(static_cast<int>(rows), vectors)(
-        a, panel, out + row * out_row, out_row, out_vector, i < vectors ? next + i * size / vectors : panel);
+    multiply_tile_for<C, kAdd>(static_cast<int>(rows), vectors)(
+        a, panel, out + row * out_row, out_row, out_vector, i * step < next.size ? next.data + i * step : panel);
   }
 }
 

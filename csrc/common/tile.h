@@ -11,6 +11,14 @@ template <class C>
 struct Tile {
   const C* data;
   int64_t stride;  // from one pixel to the next
+  int64_t ahead;   // to what is wanted next, 0 in a buffer
+
+  // A vector of channels from c on; what lies ahead of it is fetched meanwhile.
+  EFFK_INLINE Vec<C> at(int64_t pixel, int64_t c) const {
+    const C* from = data + pixel * stride + c;
+    __builtin_prefetch(from + ahead, 0, 2);
+    return load(from);
+  }
 };
 
 // f(pixel in the tile, offset of its first channel, pixels) for runs of evenly spaced pixels of `count` from `first` on.
@@ -36,7 +44,7 @@ Tile<compute_t<T>> load_tile(const Map& m, int64_t n, int64_t first, int64_t cou
   if constexpr (std::is_same_v<T, C>) {
     const bool even = m.h == 1 || m.stride_h == m.w * m.stride_w || first % m.w + count <= m.w;
     if (stride == 0 && even && m.stride_c == 1 && channels % V == 0)
-      return {data + n * m.stride_n + first / m.w * m.stride_h + first % m.w * m.stride_w, m.stride_w};
+      return {data + n * m.stride_n + first / m.w * m.stride_h + first % m.w * m.stride_w, m.stride_w, count * m.stride_w};
   }
   if (stride == 0) stride = round_up<C>(channels);
   for_runs(m, n, first, count, [&](int64_t pixel, int64_t offset, int64_t length) {
@@ -61,22 +69,27 @@ Tile<compute_t<T>> load_tile(const Map& m, int64_t n, int64_t first, int64_t cou
       }
     }
   });
-  return {buffer, stride};
+  return {buffer, stride, 0};
 }
 
-// Stores a tile in a dense map.
+// Stores a tile in a dense map. In channels_last what lies `ahead` of it, in elements, is fetched to be written next.
 template <class T>
 void store_tile(const Map& m, int64_t n, int64_t first, int64_t count, int64_t c, int64_t channels,
-                const compute_t<T>* tile, int64_t stride) {
+                const compute_t<T>* tile, int64_t stride, int64_t ahead = 0) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   T* out = static_cast<T*>(const_cast<void*>(m.data)) + n * m.stride_n + c * m.stride_c + first * m.stride_w;
+  if (m.stride_c == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t v = 0; v < channels; v += V) {
+        T* at = out + i * m.stride_w + v;
+        __builtin_prefetch(at + ahead, 1);
+        store_n(at, load(tile + i * stride + v), static_cast<int>(min64(channels - v, V)));
+      }
+    return;
+  }
   for (int64_t v = 0; v < channels; v += V) {
     const int lanes = static_cast<int>(min64(channels - v, V));
-    if (m.stride_c == 1) {
-      for (int64_t i = 0; i < count; ++i) store_n(out + i * m.stride_w + v, load(tile + i * stride + v), lanes);
-      continue;
-    }
     Vec<C> block[V] = {};
     for (int64_t i = 0; i < count; i += V) {
       const int pixels = static_cast<int>(min64(count - i, V));

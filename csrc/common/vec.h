@@ -348,7 +348,7 @@ inline EFFK_INLINE void activate_with_slope(V z, V& h, V& slope) {
   const V ones = broadcast(one);
   h = activate<A>(z);
   if constexpr (A == kSilu || A == kSigmoid) {
-    const V s = reciprocal(one + exp_neg(z));
+    const V s = logistic(z);
     if constexpr (A == kSilu) h = z * s;
     slope = A == kSilu ? s + h * (one - s) : s * (one - s);
   } else if constexpr (A == kRelu) {

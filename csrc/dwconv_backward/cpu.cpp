@@ -64,13 +64,15 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
 
-  if (need_weight)
-    merge_parts(dtype, p.products, parts, k * k, p.padded, c,
-                [&](int64_t tap, int64_t channel, double sum) { set_value(grad_weight, channel * k * k + tap, sum); });
-  if (need_sums)
-    merge_parts(dtype, p.sums, parts, 2, p.padded, c, [&](int64_t row, int64_t channel, double sum) {
-      set_value(sums, row * c + channel, row == 1 ? sum * before.rstd()[channel] : sum);
-    });
+  with_compute(dtype, [&](auto zero) {
+    using C = decltype(zero);
+    if (need_weight)
+      merge_parts(p.products, parts, k * k, p.padded, c, static_cast<C*>(grad_weight.mutable_data_ptr()), 1, k * k,
+                  [](int64_t, int64_t, double sum) { return sum; });
+    if (need_sums)
+      merge_parts(p.sums, parts, 2, p.padded, c, static_cast<C*>(sums.mutable_data_ptr()), c, 1,
+                  [&](int64_t row, int64_t channel, double sum) { return row == 1 ? sum * before.rstd()[channel] : sum; });
+  });
   return {grad_norm, grad_weight, sums};
 }
 

@@ -116,10 +116,10 @@ void stage_gradient(const DwconvBackwardParams& p, const Channels& u, Tile<C> gr
     const Vec<C> constant = lanes_of<C>(p.after.constant, channel, lanes, 0);
     C* row = out + c / V * vector;
     for (int64_t i = begin; i < end; ++i) {
-      const Vec<C> value = load(y.data + i * y.stride + c);
+      const Vec<C> value = y.at(i, c);
       Vec<C> h, of_act;
       activate_with_slope<A>(value * scale + shift, h, of_act);
-      const Vec<C> dz = (load(grad.data + i * grad.stride + c) * factor + added) * of_act;
+      const Vec<C> dz = (grad.at(i, c) * factor + added) * of_act;
       store(row + i * V, dz * scale + (value - mean) * slope + constant);
     }
   });
@@ -139,7 +139,7 @@ void stage_input(const DwconvBackwardParams& p, const Channels& u, Tile<C> x, C*
     const int64_t row = c / V * vector;
     for (int64_t i = begin; i < end; ++i) {
       Vec<C> activated, slope;
-      activate_with_slope<A>(load(x.data + i * x.stride + c) * scale + shift, activated, slope);
+      activate_with_slope<A>(x.at(i, c) * scale + shift, activated, slope);
       store(h + row + i * V, activated);
       store(slopes + row + i * V, slope);
     }
@@ -162,8 +162,13 @@ void finish_row(const DwconvBackwardParams& p, const Channels& u, int64_t row, T
     Vec<C> sum{}, of_x{};
     for (int64_t i = begin; i < end; ++i) {
       Vec<C> dz = load(dh + v * vector + i * V) * load(slopes + v * vector + i * V);
-      if (direct) store_n(memory + i * out.stride_w + c, dz, lanes);
-      else store(buffer + i * buffer_row + c, dz);
+      if (direct) {
+        T* at = memory + i * out.stride_w + c;
+        __builtin_prefetch(at + out.stride_h, 1);
+        store_n(at, dz, lanes);
+      } else {
+        store(buffer + i * buffer_row + c, dz);
+      }
       dz = rounded<T>(dz);
       sum += dz;
       of_x += dz * (load(x.data + i * x.stride + c) - mean);

@@ -216,7 +216,7 @@ void project(const MbconvParams& p, int64_t n, int64_t i, int64_t split, const c
   const Panels<C> panels(p.out_c);
   const int vectors = panels.vectors(i);
   const C* w = static_cast<const C*>(p.packed) + Packed<C>(p).project + panels.offset(i, p.hidden);
-  const C* next = w + p.hidden * vectors * V;
+  const Ahead<C> next{w + p.hidden * vectors * V, p.hidden * vectors * V};
   C *raw = scratch, *scaled = raw + kBlockPixels * kPanelVectors * V;
   if (p.squeezed && !scales_map(p)) {
     for (int64_t k = 0; k < p.hidden; ++k) {

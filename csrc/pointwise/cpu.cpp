@@ -51,37 +51,6 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   return {y, merge_partials(y, p.partials, p.bands, p.reduce, values)};
 }
 
-// [parts, 3, C] of each image to [3, N, C]; the last of the three with xhat for x - mean.
-template <class C>
-void merge_sums(const PointwiseBackwardParams& p, const std::vector<double>& rstd, C* out) {
-  const C* parts = static_cast<const C*>(p.sums);
-  std::vector<double> total(3 * p.x.c);
-  for (int64_t n = 0; n < p.x.n; ++n) {
-    std::fill(total.begin(), total.end(), 0.0);
-    for (int64_t i = 0; i < p.image_tiles; ++i, parts += 3 * p.x.c)
-      for (int64_t j = 0; j < 3 * p.x.c; ++j) total[j] += parts[j];
-    for (int64_t j = 0; j < 3 * p.x.c; ++j) {
-      const int64_t row = j / p.x.c, c = j % p.x.c;
-      out[(row * p.x.n + n) * p.x.c + c] = static_cast<C>(row == 2 ? total[j] * rstd[c] : total[j]);
-    }
-  }
-}
-
-// The sum over the units of their products [O][C], whose rows are `padded` long.
-template <class C>
-void merge_products(const PointwiseBackwardParams& p, int64_t padded, C* out) {
-  const int64_t outputs = p.y.c, channels = p.x.c;
-  torch::stable::parallel_for(0, outputs, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      std::fill_n(out + o * channels, channels, C(0));
-      for (int64_t unit = 0; unit < p.units; ++unit) {
-        const C* product = static_cast<const C*>(p.products) + (unit * outputs + o) * padded;
-        for (int64_t c = 0; c < channels; ++c) out[o * channels + c] += product[c];
-      }
-    }
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
     const Tensor& grad, std::optional<Tensor> scale, const Tensor& y, const Tensor& mean2, const Tensor& var2,
     std::optional<Tensor> gamma2, double eps2, std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x,
@@ -130,13 +99,17 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
 
-  const auto merge = [&](auto zero) {
+  with_compute(dtype, [&](auto zero) {
     using C = decltype(zero);
-    if (need_input) merge_sums(p, before.rstd(), static_cast<C*>(sums.mutable_data_ptr()));
-    const int64_t padded = p.units ? p.products_size / (p.units * outputs * static_cast<int64_t>(sizeof(C))) : 0;
-    if (need_weight) merge_products(p, padded, static_cast<C*>(grad_weight.mutable_data_ptr()));
-  };
-  dtype == Dtype::kFloat64 ? merge(double{}) : merge(float{});
+    const int64_t c = map.c, image = p.image_tiles * 3 * c;
+    for (int64_t n = 0; need_input && n < map.n; ++n)
+      merge_parts(static_cast<const C*>(p.sums) + n * image, p.image_tiles, 3, c, c,
+                  static_cast<C*>(sums.mutable_data_ptr()) + n * c, sums_strides[0], 1,
+                  [&](int64_t row, int64_t channel, double sum) { return row == 2 ? sum * before.rstd()[channel] : sum; });
+    if (need_weight)
+      merge_parts(p.products, p.units, outputs, p.padded, c, static_cast<C*>(grad_weight.mutable_data_ptr()), c, 1,
+                  [](int64_t, int64_t, double sum) { return sum; });
+  });
   return {grad_gated, sums, grad_weight};
 }
 

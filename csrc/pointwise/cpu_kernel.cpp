@@ -31,7 +31,7 @@ void activate_tile(Tile<C> in, int64_t pixels, int64_t channels, const Affine& a
     const Scale<C> scale = Scale<C>::lanes(affine, c, lanes);
     const Vec<C> g = lanes_of<C>(gate, c, lanes, 1);
     for (int64_t i = begin; i < end; ++i)
-      store(out + i * stride + c, activate<A>(scale(load(in.data + i * in.stride + c))) * g);
+      store(out + i * stride + c, activate<A>(scale(in.at(i, c))) * g);
   });
 }
 
@@ -69,12 +69,14 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
     Tile<C> x = load_tile<T>(p.x, n, first, pixels, 0, p.x.c, x_buffer);
     if (!plain) {
       activate_x(x, pixels, p.x.c, p.prologue, gate, x_buffer, layout.x_stride);
-      x = {x_buffer, layout.x_stride};
+      x = {x_buffer, layout.x_stride, 0};
     }
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t c = panels.begin(i) * V, channels = min64(panels.vectors(i) * V, p.y.c - c);
+      const bool last = i + 1 == panels.count;
+      const Ahead<C> next = last && x.ahead ? Ahead<C>{x.data + x.ahead, x.ahead} : Ahead<C>{};
       multiply<C>({x.data, x.stride, 1, p.x.c}, pixels, static_cast<const C*>(p.packed) + panels.offset(i, p.x.c),
-                  panels.vectors(i), out, layout.panel, V);
+                  panels.vectors(i), out, layout.panel, V, next);
       Tile<C> added{};
       if (p.residual.data) added = load_tile<T>(p.residual, n, first, pixels, c, channels, residual);
       for (int64_t j = 0; j < channels; j += V) {
@@ -83,7 +85,7 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
         for (int64_t pixel = 0; pixel < pixels; ++pixel) {
           C* at = out + pixel * layout.panel + j;
           Vec<C> y = load(at) + bias;
-          if (added.data) y += load(added.data + pixel * added.stride + j);
+          if (added.data) y += added.at(pixel, j);
           store(at, y);
           if (p.reduce == Reduce::kNone) continue;
           y = rounded<T>(y);
@@ -95,7 +97,7 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
         }
         s.end_run();
       }
-      store_tile<T>(p.y, n, first, pixels, c, channels, out, layout.panel);
+      store_tile<T>(p.y, n, first, pixels, c, channels, out, layout.panel, last ? pixels * p.y.stride_w - c : channels);
     }
   }
   if (p.reduce == Reduce::kNone) return;
@@ -129,7 +131,7 @@ struct BackwardScratch {
 
   explicit BackwardScratch(const PointwiseBackwardParams& p)
       : dy_stride(round_up<C>(p.y.c)), dy_size(p.tile_pixels * dy_stride), panel_size(p.tile_pixels * panel) {}
-  int64_t bytes() const { return (2 * dy_size + 3 * panel_size + dy_stride * panel) * sizeof(C); }
+  int64_t bytes() const { return (2 * dy_size + 3 * panel_size) * sizeof(C); }
 };
 
 // dy of a tile: what is left of the gradient before the BatchNorm after y.
@@ -148,8 +150,8 @@ void gradient_tile(const PointwiseBackwardParams& p, int64_t n, int64_t first, i
     const Vec<C> mean = lanes_of<C>(p.after.mean, c, lanes, 0), slope = lanes_of<C>(p.after.slope, c, lanes, 0);
     const Vec<C> constant = lanes_of<C>(p.after.constant, c, lanes, 0);
     for (int64_t i = 0; i < pixels; ++i) {
-      Vec<C> d = load(grad.data + i * grad.stride + c) * factor;
-      if (y.data) d += (load(y.data + i * y.stride + c) - mean) * slope + constant;
+      Vec<C> d = grad.at(i, c) * factor;
+      if (y.data) d += (y.at(i, c) - mean) * slope + constant;
       store(dy + i * stride + c, d);
     }
   }
@@ -171,7 +173,7 @@ void activate_panel(const NormBackward& norm, const C* gate, int64_t c, int64_t 
     const Vec<C> mean = lanes_of<C>(norm.mean, c + j, lanes, 0), gates = lanes_of<C>(gate, c + j, lanes, 1);
     Vec<C> of_h{}, of_slope{}, of_x{};
     for (int64_t i = 0; i < pixels; ++i) {
-      const Vec<C> value = load(x.data + i * x.stride + j);
+      const Vec<C> value = x.at(i, j);
       Vec<C> activated, slope;
       activate_with_slope<A>(value * scale + shift, activated, slope);
       store(h + i * stride + j, activated * gates);
@@ -193,21 +195,20 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const BackwardScratch<T> layout(p);
-  const int64_t outputs = p.y.c, channels = p.x.c, padded = round_up<C>(channels), map = p.x.h * p.x.w;
+  const int64_t outputs = p.y.c, channels = p.x.c, map = p.x.h * p.x.w;
   const int64_t panel = layout.panel;
   C* dy = static_cast<C*>(scratch);
   C* y_buffer = dy + layout.dy_size;
   C* x_buffer = y_buffer + layout.dy_size;
   C* g = x_buffer + layout.panel_size;
   C* h = g + layout.panel_size;
-  C* product = h + layout.panel_size;  // [O][panel]
-  C* products = static_cast<C*>(p.products) + unit * outputs * padded;
+  C* products = static_cast<C*>(p.products) + unit * outputs * p.padded;
   const Panels<C> panels(channels);
   Panel<C> activate_x = nullptr;
   with_activation(p.before.activation, [&](auto act) { activate_x = &activate_panel<C, act>; });
   const int64_t tiles = p.x.n * p.image_tiles, begin = unit * tiles / p.units, end = (unit + 1) * tiles / p.units;
   if (p.need_weight)
-    for (int64_t i = 0; i < outputs * padded; i += V) store(products + i, Vec<C>{});
+    for (int64_t i = 0; i < outputs * p.padded; i += V) store(products + i, Vec<C>{});
 
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t n = tile / p.image_tiles, first = tile % p.image_tiles * p.tile_pixels;
@@ -221,7 +222,8 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
       if (p.grad_gated.data) {
         multiply<C>({dy, layout.dy_stride, 1, outputs}, pixels, static_cast<const C*>(p.packed) + c * outputs, vectors, g,
                     panel, V);
-        store_tile<T>(p.grad_gated, n, first, pixels, c, here, g, panel);
+        store_tile<T>(p.grad_gated, n, first, pixels, c, here, g, panel,
+                      i + 1 == panels.count ? pixels * p.x.c - c : here);
         if (sizeof(T) < sizeof(C))
           for (int64_t j = 0; j < pixels * panel; j += V) store(g + j, rounded<T>(load(g + j)));
       }
@@ -232,12 +234,7 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
       if (vectors < kPanelVectors)
         for (int64_t j = 0; j < pixels; ++j)
           for (int v = 0; v < vectors; ++v) store(h + (j * vectors + v) * V, load(h + j * panel + v * V));
-      multiply<C>({dy, 1, layout.dy_stride, pixels}, outputs, h, vectors, product, panel, V);
-      for (int64_t o = 0; o < outputs; ++o)
-        for (int v = 0; v < vectors; ++v) {
-          C* at = products + o * padded + c + v * V;
-          store(at, load(at) + load(product + o * panel + v * V));
-        }
+      multiply<C, true>({dy, 1, layout.dy_stride, pixels}, outputs, h, vectors, products + c, p.padded, V);
     }
   }
 }
@@ -253,7 +250,8 @@ void plan_backward(PointwiseBackwardParams& p) {
   p.units = min64(p.x.n * p.image_tiles, wanted);
   p.packed_size = p.grad_gated.data ? packed_size<C>(p.x.c, p.y.c) * sizeof(C) : 0;
   p.scratch_size = BackwardScratch<T>(p).bytes();
-  p.products_size = p.need_weight ? p.units * p.y.c * round_up<C>(p.x.c) * sizeof(C) : 0;
+  p.padded = round_up<C>(p.x.c);
+  p.products_size = p.need_weight ? p.units * p.y.c * p.padded * sizeof(C) : 0;
 }
 
 // The weight [depth, columns] as `pack_weight` leaves its transpose.

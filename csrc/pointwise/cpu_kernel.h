@@ -40,11 +40,12 @@ struct PointwiseBackwardParams {
   // A unit is a run of tiles, each of pixels of one image; units share the tiles evenly.
   int64_t tile_pixels, image_tiles;
   int64_t units;
+  int64_t padded;                                    // channels of x in whole vectors
   int64_t packed_size, scratch_size, products_size;  // bytes
 
   void* packed;
   void* sums;      // [N, image_tiles, 3, C], of compute_t
-  void* products;  // [units][O][C padded to whole vectors], of compute_t: dy (h * gate)^T
+  void* products;  // [units][O][padded], of compute_t: dy (h * gate)^T
 };
 
 #define EFFK_DECLARE(isa)                                                                                            \
