@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
                   static_cast<C*>(sums.mutable_data_ptr()) + n * c, sums_strides[0], 1,
                   [&](int64_t row, int64_t channel, double sum) { return row == 2 ? sum * before.rstd()[channel] : sum; });
     if (need_weight)
-      merge_parts(p.products, p.units, outputs, p.padded, c, static_cast<C*>(grad_weight.mutable_data_ptr()), c, 1,
+      merge_parts(p.products, p.parts, outputs, p.padded, c, static_cast<C*>(grad_weight.mutable_data_ptr()), c, 1,
                   [](int64_t, int64_t, double sum) { return sum; });
   });
   return {grad_gated, sums, grad_weight};

@@ -136,11 +136,12 @@ struct BackwardScratch {
 
 // dy of a tile: what is left of the gradient before the BatchNorm after y.
 template <class T>
-void gradient_tile(const PointwiseBackwardParams& p, int64_t n, int64_t first, int64_t pixels, compute_t<T>* dy,
-                   int64_t stride, compute_t<T>* buffer) {
+Tile<compute_t<T>> gradient_tile(const PointwiseBackwardParams& p, int64_t n, int64_t first, int64_t pixels,
+                                 compute_t<T>* dy, int64_t stride, compute_t<T>* buffer) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const Tile<C> grad = load_tile<T>(p.grad, n, first, pixels, 0, p.y.c, dy);
+  if (!p.after.scale && !p.scale) return grad;
   Tile<C> y{};
   if (p.after.slope) y = load_tile<T>(p.y, n, first, pixels, 0, p.y.c, buffer);
   const C* scales = p.scale ? static_cast<const C*>(p.scale) + n * p.y.c : nullptr;
@@ -155,6 +156,7 @@ void gradient_tile(const PointwiseBackwardParams& p, int64_t n, int64_t first, i
       store(dy + i * stride + c, d);
     }
   }
+  return {dy, stride, 0};
 }
 
 // Of a panel of `channels` from c on: h * gate, and the sums [3][C] of g * h, g * act' and g * act' * (x - mean) where
@@ -195,35 +197,34 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const BackwardScratch<T> layout(p);
-  const int64_t outputs = p.y.c, channels = p.x.c, map = p.x.h * p.x.w;
-  const int64_t panel = layout.panel;
-  C* dy = static_cast<C*>(scratch);
-  C* y_buffer = dy + layout.dy_size;
+  const int64_t outputs = p.y.c, channels = p.x.c, map = p.x.h * p.x.w, panel = layout.panel;
+  C* dy_buffer = static_cast<C*>(scratch);
+  C* y_buffer = dy_buffer + layout.dy_size;
   C* x_buffer = y_buffer + layout.dy_size;
   C* g = x_buffer + layout.panel_size;
   C* h = g + layout.panel_size;
-  C* products = static_cast<C*>(p.products) + unit * outputs * p.padded;
-  const Panels<C> panels(channels);
   Panel<C> activate_x = nullptr;
   with_activation(p.before.activation, [&](auto act) { activate_x = &activate_panel<C, act>; });
-  const int64_t tiles = p.x.n * p.image_tiles, begin = unit * tiles / p.units, end = (unit + 1) * tiles / p.units;
-  if (p.need_weight)
-    for (int64_t i = 0; i < outputs * p.padded; i += V) store(products + i, Vec<C>{});
+  const Panels<C> panels(channels);
+  const int64_t part = unit / p.groups, group = unit % p.groups, tiles = p.x.n * p.image_tiles;
+  const int64_t begin = part * tiles / p.parts, end = (part + 1) * tiles / p.parts;
+  const int64_t first_panel = group * panels.count / p.groups, end_panel = (group + 1) * panels.count / p.groups;
+  C* products = static_cast<C*>(p.products) + part * outputs * p.padded;
 
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t n = tile / p.image_tiles, first = tile % p.image_tiles * p.tile_pixels;
     const int64_t pixels = min64(p.tile_pixels, map - first);
     const C* gate = p.gate ? static_cast<const C*>(p.gate) + n * channels : nullptr;
     C* sums = static_cast<C*>(p.sums) + tile * 3 * channels;
-    gradient_tile<T>(p, n, first, pixels, dy, layout.dy_stride, y_buffer);
-    for (int64_t i = 0; i < panels.count; ++i) {
+    const Tile<C> dy = gradient_tile<T>(p, n, first, pixels, dy_buffer, layout.dy_stride, y_buffer);
+    for (int64_t i = first_panel; i < end_panel; ++i) {
       const int64_t c = panels.begin(i) * V, here = min64(panels.vectors(i) * V, channels - c);
       const int vectors = panels.vectors(i);
       if (p.grad_gated.data) {
-        multiply<C>({dy, layout.dy_stride, 1, outputs}, pixels, static_cast<const C*>(p.packed) + c * outputs, vectors, g,
+        multiply<C>({dy.data, dy.stride, 1, outputs}, pixels, static_cast<const C*>(p.packed) + c * outputs, vectors, g,
                     panel, V);
-        store_tile<T>(p.grad_gated, n, first, pixels, c, here, g, panel,
-                      i + 1 == panels.count ? pixels * p.x.c - c : here);
+        const int64_t next = i + 1 < end_panel ? here : pixels * channels + panels.begin(first_panel) * V - c;
+        store_tile<T>(p.grad_gated, n, first, pixels, c, here, g, panel, next);
         if (sizeof(T) < sizeof(C))
           for (int64_t j = 0; j < pixels * panel; j += V) store(g + j, rounded<T>(load(g + j)));
       }
@@ -234,24 +235,29 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
       if (vectors < kPanelVectors)
         for (int64_t j = 0; j < pixels; ++j)
           for (int v = 0; v < vectors; ++v) store(h + (j * vectors + v) * V, load(h + j * panel + v * V));
-      multiply<C, true>({dy, 1, layout.dy_stride, pixels}, outputs, h, vectors, products + c, p.padded, V);
+      (tile == begin ? &multiply<C, false> : &multiply<C, true>)({dy.data, 1, dy.stride, pixels}, outputs, h, vectors,
+                                                                 products + c, p.padded, V, {});
     }
   }
 }
 
+// Units are parts of the pixels, whose products are summed afterwards, times groups of panels, which each go through the
+// gradient again: parts where products are small, groups where they are large.
 template <class T>
 void plan_backward(PointwiseBackwardParams& p) {
   using C = compute_t<T>;
-  constexpr int64_t kProducts = 1 << 21, kMinBackwardUnits = 4;
+  constexpr int64_t kProducts = 1 << 18;  // of all parts
   const int64_t map = p.x.h * p.x.w;
   p.tile_pixels = tile_pixels<C>(p.y.c, map);
   p.image_tiles = ceil_div(map, p.tile_pixels);
-  const int64_t wanted = max64(min64(kProducts / (p.y.c * p.x.c), kMinUnits), kMinBackwardUnits);
-  p.units = min64(p.x.n * p.image_tiles, wanted);
+  const int64_t tiles = p.x.n * p.image_tiles;
+  p.parts = min64(tiles, max64(min64(kProducts / (p.y.c * p.x.c), kMinUnits), 1));
+  p.groups = min64(Panels<C>(p.x.c).count, ceil_div(kMinUnits, max64(p.parts, 1)));
+  p.units = p.parts * p.groups;
   p.packed_size = p.grad_gated.data ? packed_size<C>(p.x.c, p.y.c) * sizeof(C) : 0;
   p.scratch_size = BackwardScratch<T>(p).bytes();
   p.padded = round_up<C>(p.x.c);
-  p.products_size = p.need_weight ? p.units * p.y.c * p.padded * sizeof(C) : 0;
+  p.products_size = p.need_weight ? p.parts * p.y.c * p.padded * sizeof(C) : 0;
 }
 
 // The weight [depth, columns] as `pack_weight` leaves its transpose.

@@ -37,15 +37,15 @@ struct PointwiseBackwardParams {
   const void* gate;  // [N, C], of compute_t, or null
   bool need_weight;
 
-  // A unit is a run of tiles, each of pixels of one image; units share the tiles evenly.
+  // A tile is pixels of one image. A unit is a part of the tiles and a group of the panels of x's channels.
   int64_t tile_pixels, image_tiles;
-  int64_t units;
+  int64_t parts, groups, units;
   int64_t padded;                                    // channels of x in whole vectors
   int64_t packed_size, scratch_size, products_size;  // bytes
 
   void* packed;
   void* sums;      // [N, image_tiles, 3, C], of compute_t
-  void* products;  // [units][O][padded], of compute_t: dy (h * gate)^T
+  void* products;  // [parts][O][padded], of compute_t: dy (h * gate)^T
 };
 
 #define EFFK_DECLARE(isa)                                                                                            \

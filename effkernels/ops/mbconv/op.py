@@ -243,26 +243,26 @@ def _expand_backward(
     w = weight.to(var.dtype)
     r = (var + eps).rsqrt()
     a = (r if gamma is None else r * gamma)[:, None]
-    centred = x
-    if means is not None:
-        mean = BN_STATISTICS(backend, x)[0]
-        centred, _ = BN_APPLY(backend, x, mean, torch.ones_like(mean), None, None, 0.0, 0, Reduce.NONE)
-        slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
+    back = (a * w).to(x.dtype)
+    mean = x.new_zeros(x.shape[1], dtype=var.dtype) if means is None else BN_STATISTICS(backend, x)[0]
+    centring = (mean, torch.ones_like(mean), None, None, 0.0, 0)
+    dx, _, product = POINTWISE_BACKWARD(
+        backend, dz, None, dz, torch.zeros_like(var), torch.ones_like(var), None, 0.0, None, back, x, *centring, None,
+        "x" in need, "w1" in need,
+    )  # fmt: skip
+    if means is None:
+        return {"x": dx if residual is None else dx + residual, "w1": a * product}
     grads: dict[str, Tensor | None] = {}
+    slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
     if "w1" in need:
-        product = _outer(dz, centred)
-        if means is not None:
-            product = product - slope @ _outer(centred, centred)
-        grads["w1"] = a * product
+        centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
+        grads["w1"] = a * (product - slope @ _outer(centred, centred))
     if "x" in need:
-        if means is not None:
-            correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
-            constant = -(w.T @ (a * means[0][:, None]))[:, 0]
-            residual, _ = POINTWISE(
-                backend, centred, -correction, *NO_NORM, None, constant, residual, Reduce.NONE
-            )  # fmt: skip
-        back = (a * w).T.to(x.dtype).contiguous()
-        grads["x"], _ = POINTWISE(backend, dz, back, *NO_NORM, None, None, residual, Reduce.NONE)
+        correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
+        constant = -(w.T @ (a * means[0][:, None]))[:, 0]
+        if residual is not None:
+            dx = dx + residual
+        grads["x"], _ = POINTWISE(backend, x, -correction, *centring, None, constant, dx, Reduce.NONE)
     return grads
 
 
