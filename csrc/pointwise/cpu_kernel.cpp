@@ -46,6 +46,35 @@ struct PointwiseScratch {
   int64_t bytes() const { return (x_size + 2 * out_size) * sizeof(C) + vectors * sizeof(Sums<C>); }
 };
 
+// y = product + bias + added, and sums of it as stored, of one vector of channels. The product's rows are `stride` long.
+template <class T, bool kSum>
+void finish_vector(const compute_t<T>* product, int64_t stride, int64_t pixels, Vec<compute_t<T>> bias,
+                   Tile<compute_t<T>> added, int64_t c, compute_t<T>* y, int64_t y_stride, int64_t ahead, int lanes,
+                   bool choose_origin, Sums<compute_t<T>>& sums) {
+  using C = compute_t<T>;
+  const auto value = [&](int64_t pixel) EFFK_INLINE {
+    const Vec<C> v = load(product + pixel * stride) + bias;
+    return added.data ? v + added.at(pixel, c) : v;
+  };
+  if (choose_origin) sums.origin = origin_of<C>(Reduce::kStatistics, rounded<T>(value(0)));
+  for (int64_t begin = 0; begin < pixels; begin += kRun) {
+    Vec<C> sum{}, square{};
+    for (int64_t pixel = begin; pixel < min64(begin + kRun, pixels); ++pixel) {
+      const Vec<C> v = value(pixel);
+      C* at = y + pixel * y_stride;
+      __builtin_prefetch(at + ahead, 1);
+      store_n(at, v, lanes);
+      const Vec<C> deviation = rounded<T>(v) - sums.origin;
+      sum += deviation;
+      square += deviation * deviation;
+    }
+    if (!kSum) continue;
+    sums.run_sum = sum;
+    sums.run_square = square;
+    sums.end_run();
+  }
+}
+
 template <class T>
 void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
   using C = compute_t<T>;
@@ -79,25 +108,19 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
                   panels.vectors(i), out, layout.panel, V, next);
       Tile<C> added{};
       if (p.residual.data) added = load_tile<T>(p.residual, n, first, pixels, c, channels, residual);
+      // Straight to y where it holds what is computed, a pixel's channels side by side.
+      const bool direct = std::is_same_v<T, C> && p.y.stride_c == 1;
+      const int64_t stride = direct ? p.y.stride_w : layout.panel;
+      C* y = direct ? static_cast<C*>(const_cast<void*>(p.y.data)) + n * p.y.stride_n + first * stride + c : out;
+      const int64_t ahead = !direct ? 0 : last ? pixels * stride - c : channels;
       for (int64_t j = 0; j < channels; j += V) {
-        const Vec<C> bias = lanes_of<C>(p.bias, c + j, static_cast<int>(min64(channels - j, V)), 0);
-        Sums<C>& s = sums[(c + j) / V];
-        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-          C* at = out + pixel * layout.panel + j;
-          Vec<C> y = load(at) + bias;
-          if (added.data) y += added.at(pixel, j);
-          store(at, y);
-          if (p.reduce == Reduce::kNone) continue;
-          y = rounded<T>(y);
-          if (first == begin && pixel == 0) s.origin = origin_of<C>(p.reduce, y);
-          y -= s.origin;
-          s.run_sum += y;
-          s.run_square += y * y;
-          if ((pixel + 1) % kRun == 0) s.end_run();
-        }
-        s.end_run();
+        const int lanes = static_cast<int>(min64(channels - j, V));
+        const Vec<C> bias = lanes_of<C>(p.bias, c + j, lanes, 0);
+        (p.reduce == Reduce::kNone ? &finish_vector<T, false> : &finish_vector<T, true>)(
+            out + j, layout.panel, pixels, bias, added, j, y + j, stride, ahead, direct ? lanes : V,
+            first == begin && p.reduce == Reduce::kStatistics, sums[(c + j) / V]);
       }
-      store_tile<T>(p.y, n, first, pixels, c, channels, out, layout.panel, last ? pixels * p.y.stride_w - c : channels);
+      if (!direct) store_tile<T>(p.y, n, first, pixels, c, channels, out, layout.panel);
     }
   }
   if (p.reduce == Reduce::kNone) return;
