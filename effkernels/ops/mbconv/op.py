@@ -250,19 +250,22 @@ def _expand_backward(
         backend, dz, None, dz, torch.zeros_like(var), torch.ones_like(var), None, 0.0, None, back, x, *centring, None,
         "x" in need, "w1" in need,
     )  # fmt: skip
-    if means is None:
-        return {"x": dx if residual is None else dx + residual, "w1": a * product}
     grads: dict[str, Tensor | None] = {}
-    slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
+    if means is not None:
+        slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
     if "w1" in need:
-        centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
-        grads["w1"] = a * (product - slope @ _outer(centred, centred))
+        if means is not None:
+            centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
+            product = product - slope @ _outer(centred, centred)
+        grads["w1"] = a * product
     if "x" in need:
-        correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
-        constant = -(w.T @ (a * means[0][:, None]))[:, 0]
         if residual is not None:
             dx = dx + residual
-        grads["x"], _ = POINTWISE(backend, x, -correction, *centring, None, constant, dx, Reduce.NONE)
+        if means is not None:
+            correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
+            constant = -(w.T @ (a * means[0][:, None]))[:, 0]
+            dx, _ = POINTWISE(backend, x, -correction, *centring, None, constant, dx, Reduce.NONE)
+        grads["x"] = dx
     return grads
 
 
