@@ -121,7 +121,7 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     if se is not None:
         y = run_se(se, y, pooled)
     if project is not None:
-        y = (_project_folded if inference else _project)(project, y)
+        y = (_project_folded if inference else _run_conv)(project, y)
     if block.shortcut is not None:
         y = block.shortcut(block.drop_path(y), x)
     return y
@@ -297,7 +297,7 @@ def run_se(se: SE, x: Tensor, pooled: Tensor | None = None) -> Tensor:
     )
 
 
-def _norm(bn: nn.BatchNorm2d) -> dict[str, Any]:
+def _norm(bn: parts.BatchNorm) -> dict[str, Any]:
     """The BatchNorm arguments of an op, and the count of batches updated, as `nn.BatchNorm2d.forward` does both."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -313,6 +313,7 @@ def _norm(bn: nn.BatchNorm2d) -> dict[str, Any]:
         "training": parts.uses_batch_statistics(bn),
         "momentum": momentum,
         "eps": bn.eps,
+        "process_group": parts.process_group(bn),
     }
 
 
@@ -335,17 +336,12 @@ def _fixed_norm(layer: Layer) -> Norm:
     return Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, layer.activation)
 
 
-def _project(layer: Layer, x: Tensor) -> Tensor:
-    y: Tensor = layer.bn(layer.conv(x))
-    return y
-
-
 def _project_folded(layer: Layer, x: Tensor) -> Tensor:
     """The 1x1 convolution with its BatchNorm folded into the weight, where that is smaller than the output."""
     conv, bn, _ = layer
     n, c, h, w = x.shape
     if c >= n * h * w:
-        return _project(layer, x)
+        return _run_conv(layer, x)
     assert bn.running_mean is not None and bn.running_var is not None
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = (bn.running_var.to(wide) + bn.eps).rsqrt()

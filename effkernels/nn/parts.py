@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -32,11 +33,14 @@ class Unfusable(Exception):
         self.reason = reason
 
 
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+
+
 class Layer(NamedTuple):
     """activation(bn(conv(x)))"""
 
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    bn: BatchNorm
     activation: str
 
 
@@ -135,7 +139,7 @@ def scales_images(drop_path: nn.Module) -> bool:
     return True
 
 
-def depthwise_layer(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Layer:
+def depthwise_layer(conv: nn.Conv2d, bn: BatchNorm, activation: str) -> Layer:
     """A layer whose convolution `dwconv_bn_swish` computes."""
     k, stride = conv.kernel_size[0], conv.stride[0]
     if not conv.groups == conv.in_channels == conv.out_channels:
@@ -155,7 +159,7 @@ def depthwise_layer(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Lay
     return Layer(conv, bn, activation)
 
 
-def projection(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str) -> Layer:
+def projection(conv: nn.Conv2d, bn: BatchNorm, activation: str) -> Layer:
     """A 1x1 convolution and its BatchNorm, with no activation."""
     if activation != "identity":
         raise Unfusable(bn, f"is followed by {activation}")
@@ -167,13 +171,21 @@ def padding(conv: nn.Conv2d) -> int | str:
     return "same" if type(conv) in SAME_PADDED or conv.padding == "same" else conv.padding[0]
 
 
-def batch_norm(module: nn.Module) -> nn.BatchNorm2d:
-    found: nn.BatchNorm2d = own(module, nn.BatchNorm2d)
+def batch_norm(module: nn.Module) -> BatchNorm:
+    found: BatchNorm = own(module, nn.BatchNorm2d, nn.SyncBatchNorm)
     return found
 
 
-def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+def uses_batch_statistics(bn: BatchNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def process_group(bn: BatchNorm) -> Any:
+    """With whom `bn` shares batch statistics; None for nobody."""
+    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def requires_grad(layers: Iterator[Layer], se: SE | None) -> bool:
@@ -183,7 +195,7 @@ def requires_grad(layers: Iterator[Layer], se: SE | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _parameters(module: nn.Conv2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor | None]:
+def _parameters(module: nn.Conv2d | BatchNorm) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 

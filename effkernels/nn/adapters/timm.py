@@ -7,7 +7,7 @@ from typing import Any
 from timm.layers import activations
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.drop import DropPath
-from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from timm.models import _efficientnet_blocks as blocks
 from torch import nn
 
@@ -91,7 +91,7 @@ class ConvBnAct(FusedBlock, blocks.ConvBnAct):
 
 
 def _layer(conv: nn.Module, bn: nn.Module) -> Layer:
-    norm = parts.own(bn, BatchNormAct2d)
+    norm = parts.own(bn, BatchNormAct2d, SyncBatchNormAct)
     parts.own(norm.drop, nn.Identity)
     return Layer(parts.conv(conv), norm, parts.activation(norm.act))
 

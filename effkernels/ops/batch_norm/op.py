@@ -15,6 +15,8 @@ from torch import Tensor
 from effkernels.ops._activation import activate_backward
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
+from effkernels.ops.batch_norm.reference import grad_of_input, grad_of_norm
+from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
 
 aten = torch.ops.aten
 
@@ -122,12 +124,16 @@ BN_BACKWARD_SUMS = Op(
 BN_BACKWARD_SUMS.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
+def fake_statistics(x: Tensor, group: str) -> Tensor:
+    return x.new_empty((3 if group else 2, x.shape[1]), dtype=statistics_dtype(x))
+
+
 def _bn_act(
     backend: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, act: int,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, group: str, eps: float, act: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if training:
-        stats = BN_STATISTICS(backend, x)
+        stats = statistics_of_all(BN_STATISTICS(backend, x), x.numel() // x.shape[1], group)
     else:
         stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
     return BN_APPLY(backend, x, stats[0], stats[1], gamma, beta, eps, act, Reduce.NONE)[0], stats
@@ -135,13 +141,13 @@ def _bn_act(
 
 def _bn_act_fake(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, act: int,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, group: str, eps: float, act: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return empty_map(x, x.shape), _bn_statistics_fake(x)
+    return empty_map(x, x.shape), fake_statistics(x, group)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gamma, beta, _, _, ctx.training, ctx.eps, ctx.act = inputs
+    x, gamma, beta, _, _, ctx.training, ctx.group, ctx.eps, ctx.act = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gamma, beta, output[1])
@@ -150,13 +156,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(backend: str, ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, gamma, beta, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.eps, ctx.act, needs)
-    return *grads, *(None,) * 5
+    grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs)
+    return *grads, *(None,) * 6
 
 
 def bn_act_backward(
     grad_y: Tensor | None, grad_pooled: Tensor | None, x: Tensor, stats: Tensor, gamma: Tensor | None,
-    beta: Tensor | None, training: bool, eps: float, act: int, needs: Sequence[bool],
+    beta: Tensor | None, training: bool, group: str, eps: float, act: int, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients that `needs` asks for of x, gamma and beta for y = act(bn(x)) and its mean, from x alone."""
     if grad_pooled is not None:
@@ -164,12 +170,14 @@ def bn_act_backward(
         grad_y = of_mean.expand_as(x) if grad_y is None else grad_y + of_mean
     if grad_y is None or not any(needs):
         return None, None, None
+    if group:
+        return _synchronised_backward(grad_y, x, stats, gamma, beta, group, eps, act, needs)
     if x.numel() == 0:
         # The library's formula divides by the number of values.
         empty = zip((x, gamma, beta), needs, strict=True)
         grad_x, grad_gamma, grad_beta = (torch.zeros_like(t) if t is not None and need else None for t, need in empty)
         return grad_x, grad_gamma, grad_beta
-    mean, var = stats
+    mean, var = stats[:2]
     wide_gamma, wide_beta = (None if t is None else t.to(stats.dtype) for t in (gamma, beta))
     z = F.batch_norm(x, mean, var, wide_gamma, wide_beta, False, 0.0, eps)
     grad_z = activate_backward(grad_y, z, act)
@@ -184,10 +192,25 @@ def bn_act_backward(
     )
 
 
+def _synchronised_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, group: str, eps: float,
+    act: int, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    mean, var, _ = stats
+    dz, xhat = grad_of_norm(grad, None, None, x, mean, var, gamma, beta, eps, act)
+    sums = torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))])
+    means = means_of_all(sums, stats, x.numel() // x.shape[1], group)
+    return (
+        grad_of_input(dz, xhat, var, gamma, eps, means).to(x.dtype) if needs[0] else None,
+        sums[1].to(gamma.dtype) if needs[1] and gamma is not None else None,
+        sums[0].to(beta.dtype) if needs[2] and beta is not None else None,
+    )
+
+
 BN_ACT = Op(
     "bn_act",
-    "(Tensor x, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var, bool training, float eps,"
-    " int act) -> (Tensor y, Tensor stats)",
+    "(Tensor x, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var, bool training, str group,"
+    " float eps, int act) -> (Tensor y, Tensor stats)",
     fake=_bn_act_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -12,6 +12,7 @@ from effkernels.ops._activation import ACTIVATIONS, activate
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops.batch_norm import update_running_statistics
 from effkernels.ops.batch_norm.op import Reduce
+from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.dwconv import op, reference
 
 KERNEL_SIZES = (3, 5, 7)
@@ -45,6 +46,7 @@ def dwconv_bn_swish(
     padding: int | str = "auto",
     activation: str = "silu",
     return_pooled: bool = False,
+    process_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise convolution, BatchNorm and activation: `act(bn(conv(x)))` (MBConv, arXiv:1905.11946).
 
@@ -62,6 +64,7 @@ def dwconv_bn_swish(
         activation: "silu", "relu", "relu6", "hardswish" or "identity".
         return_pooled: also return the mean of y over its map, [N, C] in float32 (float64 for float64), from the same
             pass: squeeze-excite's input.
+        process_group: whose processes share batch statistics, as for `bn_act`.
 
     Returns:
         y [N, C, Ho, Wo] in the dtype and layout of x; or (y, pooled).
@@ -69,7 +72,7 @@ def dwconv_bn_swish(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or batch statistics would be of
             a single value per channel.
-        RuntimeError: the backend asked for by `use_backend` cannot run.
+        RuntimeError: the backend asked for by `use_backend` cannot run, or is "eager" and there is a process group.
     """
     x, weight, window = _arguments(_NAME, x, weight, stride, padding)
     channels = x.shape[1]
@@ -77,16 +80,19 @@ def dwconv_bn_swish(
     act = _checks.code(_NAME, "activation", activation, ACTIVATIONS)
     out_h, out_w = window[3:]
     count = x.shape[0] * out_h * out_w
-    if training:
+    if training and process_group is None:
         _checks.more_than_one_value(_NAME, count, [x.shape[0], channels, out_h, out_w])
 
     norm = (bn_weight, bn_bias, running_mean, running_var)
     backend = backends.choose(_NAME, x)
+    group = group_name(_NAME, process_group if training else None, backend)
     pooled: Tensor | None
     if backend == "eager":
         y, pooled = reference.dwconv_bn_act(x, weight, *norm, training, momentum, eps, *window, act, return_pooled)
     elif training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *norm))):
-        y, pooled, _, stats = op.DWCONV_BN_ACT(backend, x, weight, *norm, training, eps, *window, act, return_pooled)
+        y, pooled, _, stats = op.DWCONV_BN_ACT(
+            backend, x, weight, *norm, training, group, eps, *window, act, return_pooled
+        )
         if training:
             update_running_statistics(running_mean, running_var, stats, count, momentum)
     else:

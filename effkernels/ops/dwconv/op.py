@@ -15,9 +15,11 @@ from effkernels.ops.batch_norm.op import (
     BN_BACKWARD_SUMS,
     Reduce,
     bn_act_backward,
+    fake_statistics,
     fake_sums,
     statistics_dtype,
 )
+from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
 
 aten = torch.ops.aten
 NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
@@ -104,12 +106,14 @@ DWCONV_BACKWARD.implement_in_triton("effkernels.ops.dwconv.triton")
 def _dwconv_bn_act(
     backend: str,
     x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, group: str, eps: float,
     stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, act: int, pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     reduce = Reduce.STATISTICS if training else Reduce.NONE
     d, stats = DWCONV(backend, x, weight, *NO_NORM, *NO_NORM, stride, pad_top, pad_left, out_h, out_w, reduce)
-    if not training:
+    if training:
+        stats = statistics_of_all(stats, d.numel() // d.shape[1], group)
+    else:
         stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
     pooling = Reduce.MEAN if pool else Reduce.NONE
     y, pooled = BN_APPLY(backend, d, stats[0], stats[1], gamma, beta, eps, act, pooling)
@@ -118,17 +122,18 @@ def _dwconv_bn_act(
 
 def _dwconv_bn_act_fake(
     x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, group: str, eps: float,
     stride: int, pad_top: int, pad_left: int, out_h: int, out_w: int, act: int, pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, c = x.shape[:2]
     y = empty_map(x, (n, c, out_h, out_w))
     pooled = x.new_empty((n, c) if pool else (0,), dtype=statistics_dtype(x))
-    return y, pooled, torch.empty_like(y), x.new_empty((2, c), dtype=statistics_dtype(x))
+    return y, pooled, torch.empty_like(y), fake_statistics(x, group)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, gamma, beta, _, _, ctx.training, ctx.eps, ctx.stride, ctx.top, ctx.left, _, _, ctx.act, ctx.pool = inputs
+    x, weight, gamma, beta, _, _, ctx.training, ctx.group, ctx.eps, ctx.stride, *window, ctx.act, ctx.pool = inputs
+    ctx.top, ctx.left, _, _ = window
     _, _, d, stats = output
     ctx.mark_non_differentiable(d, stats)
     ctx.set_materialize_grads(False)
@@ -141,7 +146,7 @@ def _backward(
     grad_pooled = grad_pooled if ctx.pool else None
     phases = backend in DWCONV_BACKWARD.overloads and ctx.saved_tensors[0].shape[0] > 0
     backward = _backward_by_phases if phases else _backward_by_library
-    return *backward(backend, ctx, grad_y, grad_pooled, *ctx.saved_tensors), *(None,) * 11
+    return *backward(backend, ctx, grad_y, grad_pooled, *ctx.saved_tensors), *(None,) * 12
 
 
 def _backward_by_phases(
@@ -159,7 +164,7 @@ def _backward_by_phases(
     means = grad_gamma = grad_beta = None
     if ctx.training or need_gamma or need_beta:
         sums = BN_BACKWARD_SUMS(backend, grad_y, None, shift, d, *norm)
-        means = sums / (d.shape[0] * area) if ctx.training else None
+        means = means_of_all(sums, stats, d.shape[0] * area, ctx.group) if ctx.training else None
         grad_beta, grad_gamma = sums
     grad_x = grad_weight = None
     if need_x or need_weight:
@@ -183,7 +188,7 @@ def _backward_by_library(
     need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
     needs = (need_x or need_weight, *need_affine)
     grad_d, grad_gamma, grad_beta = bn_act_backward(
-        grad_y, grad_pooled, d, stats, gamma, beta, ctx.training, ctx.eps, ctx.act, needs
+        grad_y, grad_pooled, d, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs
     )
     grad_x = grad_weight = None
     if grad_d is not None:
@@ -204,7 +209,7 @@ def _backward_by_library(
 DWCONV_BN_ACT = Op(
     "dwconv_bn_act",
     "(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var,"
-    " bool training, float eps, int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w,"
+    " bool training, str group, float eps, int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w,"
     " int act, bool pool) -> (Tensor y, Tensor pooled, Tensor d, Tensor stats)",
     fake=_dwconv_bn_act_fake,
     setup_context=_setup_context,

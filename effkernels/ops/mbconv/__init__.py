@@ -1,7 +1,7 @@
 """The MBConv block in training, in one op."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from effkernels.ops._activation import ACTIVATIONS, GATES
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops.batch_norm import update_running_statistics
 from effkernels.ops.batch_norm.op import statistics_dtype
+from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
 from effkernels.ops.mbconv import op, reference
 from effkernels.ops.mbconv_inference import Gate
@@ -19,7 +20,10 @@ _NAME = "mbconv"
 
 
 class Stage(NamedTuple):
-    """activation(bn(conv(x))): a convolution and the BatchNorm after it, as for `dwconv_bn_swish`."""
+    """activation(bn(conv(x))): a convolution and the BatchNorm after it, as for `dwconv_bn_swish`.
+
+    Processes of a group share batch statistics; a bias before them gets a gradient of 0, its sum over the processes.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -31,6 +35,7 @@ class Stage(NamedTuple):
     momentum: float
     eps: float
     activation: str
+    process_group: Any = None
 
 
 def mbconv(
@@ -67,7 +72,7 @@ def mbconv(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or batch statistics would be of
             a single value per channel.
-        RuntimeError: the backend asked for by `use_backend` cannot run.
+        RuntimeError: the backend asked for by `use_backend` cannot run, or is "eager" and there is a process group.
     """
     _checks.map_tensor(_NAME, "x", x)
     dtype = _checks.autocast_dtype(x)
@@ -95,6 +100,8 @@ def mbconv(
     _checks.shaped(_NAME, "scale", scale, [n], x)
 
     backend = backends.choose(_NAME, x)
+    stages = (expand, depthwise, project)
+    groups = [group_name(_NAME, s.process_group if s and s.training else None, backend) for s in stages]
     if backend == "eager":
         return reference.mbconv(x, expand, depthwise, squeeze_excite, project, window, scale, residual)
     acts = [ACTIVATIONS[stage.activation] if stage else 0 for stage in (expand, depthwise)]
@@ -111,12 +118,13 @@ def mbconv(
         *_tensors(project),
         None if scale is None else scale.to(statistics_dtype(x)),
         residual,
-        [stage.eps if stage else 0.0 for stage in (expand, depthwise, project)],
+        groups,
+        [stage.eps if stage else 0.0 for stage in stages],
         acts + [0] * (4 - len(acts)),
         window,
     )
     counts = (n * x.shape[2] * x.shape[3], n * out_h * out_w, n * out_h * out_w)
-    for stage, stats, count in zip((expand, depthwise, project), (stats1, stats2, stats3), counts, strict=True):
+    for stage, stats, count in zip(stages, (stats1, stats2, stats3), counts, strict=True):
         if stage is not None and stage.training:
             update_running_statistics(stage.running_mean, stage.running_var, stats, count, stage.momentum)
     return y
@@ -128,7 +136,7 @@ def _check(name: str, stage: Stage, x: Tensor, shape: tuple[int, ...], output: S
     _checks.shaped(_NAME, f"{name}.bias", stage.bias, shape[:1], x)
     _checks.batch_norm(f"{_NAME}: {name}", x, shape[0], *stage[2:7])
     _checks.code(_NAME, f"{name}.activation", stage.activation, ACTIVATIONS)
-    if stage.training:
+    if stage.training and stage.process_group is None:
         _checks.more_than_one_value(_NAME, output[0] * output[2] * output[3], [output[0], shape[0], *output[2:]])
 
 

@@ -22,6 +22,7 @@ from effkernels.ops.batch_norm.op import (
     Reduce,
     statistics_dtype,
 )
+from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
@@ -35,8 +36,10 @@ def _forward(
     v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
     w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
     mean3: Tensor | None, var3: Tensor | None,
-    scale: Tensor | None, residual: bool, eps: Sequence[float], acts: Sequence[int], window: Sequence[int],
+    scale: Tensor | None, residual: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
+    window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    group1, group2, group3 = groups
     eps1, eps2, eps3 = eps
     act1, act2, se_act, gate_act = acts
     stride, *rest = window
@@ -48,10 +51,10 @@ def _forward(
         d, stats2 = DWCONV(backend, x, w2, *NO_NORM, *NO_NORM, stride, *rest, _statistics(mean2))
     else:
         e, stats1 = POINTWISE(backend, x, w1, *NO_NORM, None, _wide(bias1, wide), None, _statistics(mean1))
-        stats1 = _known(stats1, mean1, var1)
+        stats1 = _settled(stats1, mean1, var1, e, group1)
         prologue = (stats1[0], stats1[1], gamma1, beta1, eps1, act1)
         d, stats2 = DWCONV(backend, e, w2, *prologue, *NO_NORM, stride, *rest, _statistics(mean2))
-    stats2 = _known(stats2, mean2, var2)
+    stats2 = _settled(stats2, mean2, var2, d, group2)
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
     if v1 is None:
         pooled, gate = x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
@@ -62,7 +65,7 @@ def _forward(
     p, stats3 = POINTWISE(
         backend, d, w3, *norm2, _given(gate), _wide(bias3, wide), None, _statistics(mean3)
     )  # fmt: skip
-    stats3 = _known(stats3, mean3, var3)
+    stats3 = _settled(stats3, mean3, var3, p, group3)
     norm3 = (stats3[0], stats3[1], gamma3, beta3, eps3)
     if scale is None and not residual:
         y = BN_APPLY(backend, p, *norm3, 0, Reduce.NONE)[0]
@@ -75,12 +78,17 @@ def _statistics(mean: Tensor | None) -> Reduce:
     return Reduce.STATISTICS if mean is None else Reduce.NONE
 
 
-def _known(stats: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
-    """The batch statistics, or the fixed ones in their place."""
+def _settled(stats: Tensor, mean: Tensor | None, var: Tensor | None, y: Tensor, group: str) -> Tensor:
+    """The fixed statistics if there are any, else those of the batch `y`, and of those of the other processes."""
     if mean is None:
-        return stats
+        return statistics_of_all(stats, _count(y), group)
     assert var is not None
     return torch.stack([mean, var]).to(stats.dtype)
+
+
+def _count(x: Tensor) -> int:
+    """Of values per channel."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def _given(t: Tensor) -> Tensor | None:
@@ -104,10 +112,12 @@ def _fake(
     v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
     w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
     mean3: Tensor | None, var3: Tensor | None,
-    scale: Tensor | None, residual: bool, eps: Sequence[float], acts: Sequence[int], window: Sequence[int],
+    scale: Tensor | None, residual: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
+    window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, hidden, out = x.shape[0], w2.shape[0], w3.shape[0]
     wide = statistics_dtype(x)
+    rows1, rows2, rows3 = (3 if group else 2 for group in groups)
 
     def vector(*shape: int, given: bool = True) -> Tensor:
         return x.new_empty(shape if given else (0,), dtype=wide)
@@ -116,24 +126,26 @@ def _fake(
     d = empty_map(x if w1 is None else e, (n, hidden, *window[3:]))
     p = empty_map(d, (n, out, *window[3:]))
     return (
-        torch.empty_like(p), e, d, p, vector(2, hidden, given=w1 is not None), vector(2, hidden), vector(2, out),
+        torch.empty_like(p), e, d, p,
+        vector(rows1, hidden, given=w1 is not None), vector(rows2, hidden), vector(rows3, out),
         vector(3, n, hidden, given=v1 is not None), vector(n, hidden, given=v1 is not None),
     )  # fmt: skip
 
 
 _INPUTS = (
     "x", "w1", "bias1", "gamma1", "beta1", "mean1", "var1", "w2", "gamma2", "beta2", "mean2", "var2",
-    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "eps", "acts",
-    "window",
+    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "groups", "eps",
+    "acts", "window",
 )  # fmt: skip
 _SAVED = (
-    "x", "w1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "c2", "w3", "gamma3", "beta3", "scale",
+    "x", "w1", "bias1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "c2", "w3", "gamma3", "beta3",
+    "scale",
 )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = dict(zip(_INPUTS, inputs, strict=True))
-    ctx.residual, ctx.eps, ctx.acts, ctx.window = inputs[-4:]
+    ctx.residual, ctx.groups, ctx.eps, ctx.acts, ctx.window = inputs[-5:]
     ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs]
     ctx.fixed = tuple(given[mean] is not None for mean in ("mean1", "mean2", "mean3"))
     ctx.mark_non_differentiable(*output[1:])
@@ -154,12 +166,12 @@ def _backward(backend: str, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Ten
 
 def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
     saved = ctx.saved_tensors
-    x, w1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
+    x, w1, bias1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
     e, d, p, stats1, stats2, stats3, pooled, gate = saved[len(_SAVED) :]
     eps1, eps2, eps3 = ctx.eps
     act1, act2, se_act, gate_act = ctx.acts
     fixed1, fixed2, fixed3 = ctx.fixed
-    count = d.shape[0] * d.shape[2] * d.shape[3]
+    group1, group2, group3 = ctx.groups
     grads: dict[str, Tensor | None] = {}
 
     # What each phase is needed for.
@@ -174,7 +186,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     means3 = None
     if (for_p and not fixed3) or need & {"bias3", "gamma3", "beta3"}:
         sums = BN_BACKWARD_SUMS(backend, grad, scale, None, p, *norm3, 0)
-        means3 = None if fixed3 else sums / count
+        means3 = None if fixed3 else means_of_all(sums, stats3, _count(p), group3)
         grads |= _of_norm("3", sums, fixed3, stats3, gamma3, eps3)
     if not for_p:
         return grads | {"x": grad}
@@ -197,7 +209,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         of_slope = gate * of_slope + shift * pooled[1]
         of_xhat = gate * of_xhat + shift * pooled[2]
     sums = torch.stack([of_slope.sum(0), of_xhat.sum(0)])
-    means2 = None if fixed2 else sums / count
+    means2 = None if fixed2 else means_of_all(sums, stats2, _count(d), group2)
     grads |= _of_norm("2", sums, fixed2, stats2, gamma2, eps2)
     if not for_conv:
         return grads
@@ -212,9 +224,9 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         grads["x"] = dz1 + grad if ctx.residual else dz1
     elif for_e:
         grads |= _of_norm("1", sums, fixed1, stats1, gamma1, eps1)
-        means1 = None if fixed1 else sums / (x.shape[0] * x.shape[2] * x.shape[3])
+        means1 = None if fixed1 else means_of_all(sums, stats1, _count(x), group1)
         grads |= _expand_backward(
-            backend, dz1, x, w1, stats1[1], gamma1, eps1, means1, grad if ctx.residual else None, need
+            backend, dz1, sums, x, w1, bias1, stats1, gamma1, eps1, means1, group1, grad if ctx.residual else None, need
         )
     return grads
 
@@ -232,38 +244,43 @@ def _of_norm(
 
 
 def _expand_backward(
-    backend: str, dz: Tensor, x: Tensor, weight: Tensor, var: Tensor, gamma: Tensor | None, eps: float,
-    means: Tensor | None, residual: Tensor | None, need: set[str],
+    backend: str, dz: Tensor, sums: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor,
+    gamma: Tensor | None, eps: float, means: Tensor | None, group: str, residual: Tensor | None, need: set[str],
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """The gradients of x and of the expand weight [M, C], without e.
 
     de = a (dz - means[0] - ehat means[1]) is affine in ehat = r weight (x - mean of x), and so in x: what is left of e
     are a matrix C x C and a constant. x is centred first; its raw second moments would cancel.
     """
-    w = weight.to(var.dtype)
-    r = (var + eps).rsqrt()
+    w = weight.to(stats.dtype)
+    r = (stats[1] + eps).rsqrt()
     a = (r if gamma is None else r * gamma)[:, None]
     back = (a * w).to(x.dtype)
-    mean = x.new_zeros(x.shape[1], dtype=var.dtype) if means is None else BN_STATISTICS(backend, x)[0]
+    mean = x.new_zeros(x.shape[1], dtype=w.dtype) if means is None else BN_STATISTICS(backend, x)[0]
     centring = (mean, torch.ones_like(mean), None, None, 0.0, 0)
     dx, _, product = POINTWISE_BACKWARD(
-        backend, dz, None, dz, torch.zeros_like(var), torch.ones_like(var), None, 0.0, None, back, x, *centring, None,
+        backend, dz, None, dz, torch.zeros_like(r), torch.ones_like(r), None, 0.0, None, back, x, *centring, None,
         "x" in need, "w1" in need,
     )  # fmt: skip
     grads: dict[str, Tensor | None] = {}
     if means is not None:
         slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
+        level = means[0]
+        if group:  # This process's part of the batch has a mean of ehat, and a sum of de, that are not 0.
+            level = level + means[1] * r * (w @ mean + (0 if bias is None else bias.to(w.dtype)) - stats[0])
     if "w1" in need:
         if means is not None:
             centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
             product = product - slope @ _outer(centred, centred)
+        if group:
+            product = product + torch.outer(sums[0] - _count(x) * level, mean)
         grads["w1"] = a * product
     if "x" in need:
         if residual is not None:
             dx = dx + residual
         if means is not None:
             correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
-            constant = -(w.T @ (a * means[0][:, None]))[:, 0]
+            constant = -(w.T @ (a * level[:, None]))[:, 0]
             dx, _ = POINTWISE(backend, x, -correction, *centring, None, constant, dx, Reduce.NONE)
         grads["x"] = dx
     return grads
@@ -282,10 +299,10 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 # y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where
 # gate = gate_act(v2 se_act(v1 q + c1) + c2) with q the mean over the map of act2(bn2(.)). w1 [M, C] or None: no expand;
 # v1 [R, M] or None: no gate; scale [N] or None; x is added if `residual`. A BatchNorm with a mean and a variance uses
-# them, one without uses batch statistics. eps: of bn1, bn2, bn3; acts: act1, act2, se_act, gate_act; window: stride,
-# padding at the top and at the left, height and width of the output. What backward reads is returned too: the raw
-# convolution outputs e, d and p, the statistics [2, channels] of each, `bn_pool`'s sums and the gate; what there is not
-# is empty.
+# them, one without uses batch statistics, those of all processes where its group has a name. groups, eps: of bn1, bn2,
+# bn3; acts: act1, act2, se_act, gate_act; window: stride, padding at the top and at the left, height and width of the
+# output. What backward reads is returned too: the raw convolution outputs e, d and p, the statistics [2, channels] of
+# each ([3, channels] of a group), `bn_pool`'s sums and the gate; what there is not is empty.
 MBCONV = Op(
     "mbconv",
     "(Tensor x,"
@@ -293,7 +310,7 @@ MBCONV = Op(
     " Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2,"
     " Tensor? v1, Tensor? c1, Tensor? v2, Tensor? c2,"
     " Tensor w3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3,"
-    " Tensor? scale, bool residual, float[] eps, int[] acts, SymInt[] window)"
+    " Tensor? scale, bool residual, str[] groups, float[] eps, int[] acts, SymInt[] window)"
     " -> (Tensor y, Tensor e, Tensor d, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor pooled,"
     " Tensor gate)",
     backends=("cpp", "triton"),
