@@ -1,5 +1,5 @@
 """Run by torchrun: networks with synchronised BatchNorm, each process with a batch of its own size, against one process
-with all the images."""
+with all the images; and networks under DistributedDataParallel and FSDP2."""
 
 import copy
 import faulthandler
@@ -12,6 +12,8 @@ import torch.distributed as dist
 import zoo
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import effkernels
 from effkernels.nn import ConvBNAct, DepthwiseConvBNAct, FusedMBConv, MBConv
@@ -92,6 +94,24 @@ def check_traffic() -> None:
         assert [tuple(call.args[0].shape) for call in exchange.call_args_list] == [(2, 8), (2, 48), (2, 48)]
 
 
+def check_wrapped() -> None:
+    """Gradients under DistributedDataParallel and FSDP2 are the means of those of the processes."""
+    plain = nn.Sequential(ConvBNAct(3, 8, stride=2), MBConv(8, 8), FusedMBConv(8, 8))
+    sharded = copy.deepcopy(plain)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*sharded, sharded):
+        fully_shard(module, mesh=mesh)
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for model in (plain, wrapped, sharded):
+        with effkernels.use_backend("eager" if model is plain else "auto"):
+            model(x).sin().sum().backward()
+    for expected, in_wrapped, in_sharded in zip(*(m.parameters() for m in (plain, wrapped, sharded)), strict=True):
+        dist.all_reduce(expected.grad)
+        for got in (in_wrapped.grad, in_sharded.grad.full_tensor()):
+            torch.testing.assert_close(got, expected.grad / dist.get_world_size(), rtol=1e-4, atol=1e-4)
+
+
 def main() -> None:
     faulthandler.dump_traceback_later(100, exit=True)  # where it hangs, if it does
     dist.init_process_group("gloo")
@@ -108,6 +128,7 @@ def main() -> None:
     check("a group of two", plain, partial(SYNCHRONISED, process_group=pair), [1, 3], pair)
 
     check_traffic()
+    check_wrapped()
     if world == 2:
         for library, build in zoo.BLOCKS.items():
             block, channels = build()

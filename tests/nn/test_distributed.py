@@ -19,7 +19,7 @@ WORKER = pathlib.Path(__file__).parent / "processes.py"
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_synchronised_batch_norm(processes):
+def test_processes(processes):
     zoo.torchvision(), zoo.timm()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", WORKER]
     run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

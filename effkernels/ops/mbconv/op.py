@@ -224,6 +224,8 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         grads["x"] = dz1 + grad if ctx.residual else dz1
     elif for_e:
         grads |= _of_norm("1", sums, fixed1, stats1, gamma1, eps1)
+        if not need & {"x", "w1"}:
+            return grads
         means1 = None if fixed1 else means_of_all(sums, stats1, _count(x), group1)
         grads |= _expand_backward(
             backend, dz1, sums, x, w1, bias1, stats1, gamma1, eps1, means1, group1, grad if ctx.residual else None, need
