@@ -117,7 +117,7 @@ ONLY = {
     "expand.bn.weight": ["bn_backward_sums", "pointwise_backward input", "dwconv_backward input"],
     "expand.conv.weight": [
         *("bn_backward_sums", "pointwise_backward input", "dwconv_backward input"),
-        *("bn_statistics", "bn_apply"),
+        *("bn_statistics", "pointwise_backward weight", "bn_apply"),
     ],
 }
 
