@@ -33,6 +33,11 @@ inline Tensor empty_floats(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device());
 }
 
+// Small tensors may be copied.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional(dense(*t)) : t; }
+
 // What the reductions of an op return for x [N, C, H, W].
 inline Tensor empty_sums(const Tensor& x, Reduce reduce) {
   const int64_t n = x.size(0), c = x.size(1);

@@ -12,10 +12,6 @@ Tensor spatial_mean(Tensor x) {
   return x.numel() ? map_pass::run(q, x) : undefined_sums(x, q.reduce);
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional(dense(*t)) : t; }
-
 Tensor se_gate(Tensor pooled, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2, int64_t act,
                int64_t gate_act) {
   require(pooled.dim() == 2 && pooled.scalar_type() == ScalarType::Float, "pooled must be [N, C] in float32");
