@@ -14,7 +14,7 @@ Tensor bn_statistics(Tensor x) {
 std::tuple<Tensor, Tensor> bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> gamma,
                                     std::optional<Tensor> beta, double eps, int64_t act, int64_t reduce) {
   map_pass::Problem q = map_pass::make_problem(x);
-  const ChannelVectors vectors({mean, var, gamma, beta}, eps, act, x);
+  const ChannelVectors vectors({mean, var, gamma, beta}, eps, act, x.size(1), x);
   q.transform = vectors.transform;
   q.reduce = reduce_of(reduce);
   const DeviceGuard guard(x.get_device_index());

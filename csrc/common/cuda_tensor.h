@@ -23,10 +23,15 @@ inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
   return dtype;
 }
 
-// Uninitialised, in the dtype, device and layout of x.
-inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& sizes) {
+// Uninitialised, in the dtype and device of x.
+inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& sizes, bool channels_last) {
   return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// In the layout of x, too.
+inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& sizes) {
+  return empty_map(x, sizes, is_channels_last(x));
 }
 
 inline Tensor empty_floats(const Tensor& x, const std::vector<int64_t>& sizes) {
@@ -52,10 +57,12 @@ inline Tensor undefined_sums(const Tensor& x, Reduce reduce) {
   return sums;
 }
 
-// Per-channel vectors of a Transform: mean, var, gamma, beta. They are small: strided ones are copied, and kept here.
+// Vectors [channels] of a Transform of maps of the dtype of x: mean, var, gamma, beta. They are small: strided ones are
+// copied, and kept here.
 class ChannelVectors {
  public:
-  ChannelVectors(std::array<std::optional<Tensor>, 4> vectors, double eps, int64_t activation, const Tensor& x)
+  ChannelVectors(std::array<std::optional<Tensor>, 4> vectors, double eps, int64_t activation, int64_t channels,
+                 const Tensor& x)
       : vectors_(std::move(vectors)) {
     static constexpr const char* kNames[] = {"mean", "var", "gamma", "beta"};
     const void* data[4] = {};
@@ -64,8 +71,8 @@ class ChannelVectors {
     for (int i = 0; i < 4; ++i) {
       if (!vectors_[i]) continue;
       Tensor& vector = *vectors_[i];
-      require(vector.dim() == 1 && vector.size(0) == x.size(1),
-              std::string(kNames[i]) + " must be [C] with C = " + std::to_string(x.size(1)));
+      require(vector.dim() == 1 && vector.size(0) == channels,
+              std::string(kNames[i]) + " must be [C] with C = " + std::to_string(channels));
       const bool wide = vector.scalar_type() == ScalarType::Float;
       require(wide || vector.scalar_type() == x.scalar_type(),
               std::string(kNames[i]) + " must be float32 or have the dtype of x");

@@ -98,15 +98,12 @@ struct WarpProduct {
     }
   }
 
-  // Calls f(row, column, values of this column and the next) for what this lane holds.
-  template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * kTilesDown; ++i)
-#pragma unroll
-      for (int j = 0; j < kTilesAcross; ++j)
-        f(8 * i + lane / 4, 8 * j + lane % 4 * 2, at[i / 2][j][i % 2 * 2], at[i / 2][j][i % 2 * 2 + 1]);
+  // Of what this lane holds: row i, column j, and its values there and in the next column.
+  static constexpr int kLaneRows = 2 * kTilesDown, kLaneColumns = kTilesAcross;
+  static __device__ __forceinline__ int row(int i) { return 8 * i + threadIdx.x % 32 / 4; }
+  static __device__ __forceinline__ int column(int j) { return 8 * j + threadIdx.x % 4 * 2; }
+  __device__ __forceinline__ Vec<float, 2> pair(int i, int j) const {
+    return {{at[i / 2][j][i % 2 * 2], at[i / 2][j][i % 2 * 2 + 1]}};
   }
 
  private:

@@ -21,6 +21,13 @@ struct Reduction {
   bool shifts;        // sum from the first value on, for a variance; a mean near zero is exacter without
 };
 
+// A mean over each map: [N, C], or, where `partials` are given, to be merged from them.
+struct Means {
+  const float* mean;
+  const Moments* partials;  // [N, parts, C]
+  int parts;
+};
+
 struct MergeParams {
   const Moments* partials;  // [groups, parts, C]
   float* sums;              // the means [groups, C], then the biased variances if has_var
@@ -70,6 +77,14 @@ struct ReducingPlan {
     main.params.reduction.partials = reinterpret_cast<Moments*>(workspace);
     merge->params.partials = main.params.reduction.partials;
     merge->params.sums = sums;
+  }
+
+  // Leaves the merging of a mean to the kernel that reads it, after `reduce_into`.
+  Means unmerged_means() {
+    if (!merge) return {main.params.reduction.mean, nullptr, 0};
+    const Means means{nullptr, merge->params.partials, merge->params.parts};
+    merge.reset();
+    return means;
   }
 
  private:

@@ -142,9 +142,11 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
 
   constexpr int kProductPitch = product_pitch(kChannels);
   float* finished = reinterpret_cast<float*>(buffers);
-  product.for_each([&](int row, int column, float first, float second) {
-    Vec<float, 2>{{first, second}}.store(finished + (row0 + row) * kProductPitch + column0 + column);
-  });
+#pragma unroll
+  for (int i = 0; i < Product::kLaneRows; ++i)
+#pragma unroll
+    for (int j = 0; j < Product::kLaneColumns; ++j)
+      product.pair(i, j).store(finished + (row0 + product.row(i)) * kProductPitch + column0 + product.column(j));
   __syncthreads();
 
   const T* residual = static_cast<const T*>(p.residual);

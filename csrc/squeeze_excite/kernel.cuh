@@ -1,7 +1,7 @@
 // Squeeze-excite's gate: two small matrix-vector products per image.
 #pragma once
 
-#include "common/cuda_vec.cuh"
+#include "common/moments.cuh"
 #include "squeeze_excite/plan.h"
 
 namespace effk::squeeze_excite {
@@ -44,11 +44,27 @@ template <class W>
 __global__ void __launch_bounds__(kThreads, 2) gate(const GateParams p) {
   unsigned char* shared = shared_memory();
   float* hidden = reinterpret_cast<float*>(shared);  // [R]
-  const int64_t image = int64_t{blockIdx.x / p.chunks} * p.expand.rows;
-  apply<W>(p.reduce, p.pooled + image, 0, p.reduce.rows, [&](int row, float value) { hidden[row] = value; });
+  const int c = p.expand.rows;
+  const int64_t n = blockIdx.x / p.chunks, image = n * c;
+  const float* pooled;
+  if (p.pooled.partials) {
+    float* merged = hidden + p.reduce.rows;  // [C]
+    for (int i = threadIdx.x; i < c; i += kThreads) {
+      const Moments* partials = p.pooled.partials + n * p.pooled.parts * c + i;
+      Moments m{};
+#pragma unroll 4
+      for (int part = 0; part < p.pooled.parts; ++part) m = merge(m, partials[int64_t{part} * c]);
+      merged[i] = m.origin + m.distance;
+    }
+    __syncthreads();
+    pooled = merged;
+  } else {
+    pooled = p.pooled.mean + image;
+  }
+  apply<W>(p.reduce, pooled, 0, p.reduce.rows, [&](int row, float value) { hidden[row] = value; });
   __syncthreads();
   const int first = blockIdx.x % p.chunks * p.chunk;
-  apply<W>(p.expand, hidden, first, min(first + p.chunk, p.expand.rows),
+  apply<W>(p.expand, hidden, first, min(first + p.chunk, c),
            [&](int row, float value) { p.gate[image + row] = value; });
 }
 

@@ -4,12 +4,12 @@
 #include <algorithm>
 
 #include "common/activation.h"
-#include "common/launch.h"
+#include "common/moments.h"
 
 namespace effk::squeeze_excite {
 
 constexpr int kThreads = 512;
-constexpr int kMaxReduced = 48 * 1024 / sizeof(float);
+constexpr int kMaxShared = 48 * 1024;
 
 struct GateInstance {
   Dtype dtype;  // of the weights
@@ -37,27 +37,29 @@ inline Layer make_layer(const void* matrix, const void* bias, int rows, int colu
 }
 
 struct GateParams {
-  const float* pooled;  // [N, C]
-  float* gate;          // [N, C]
+  Means pooled;
+  float* gate;  // [N, C]
   Layer reduce, expand;
   int chunks, chunk;  // blocks per image, and the channels of each
 };
 
 using GateLaunch = Launch<GateInstance, GateParams>;
 
-// One block, or a few, per image: each computes all hidden units, then its share of the channels.
-inline GateLaunch plan_gate(const float* pooled, float* gate, const Layer& reduce, const Layer& expand, int64_t n,
+// One block, or a few, per image: each computes all hidden units, then its share of the channels. In shared memory it
+// keeps the hidden units, and the means of all channels where they come in parts.
+inline GateLaunch plan_gate(const Means& pooled, float* gate, const Layer& reduce, const Layer& expand, int64_t n,
                             Dtype dtype) {
   constexpr int kEnoughBlocks = 128, kMinChunk = 128;
-  if (reduce.rows > kMaxReduced)
-    throw std::invalid_argument("reduce_weight must have at most " + std::to_string(kMaxReduced) + " rows, got " +
-                                std::to_string(reduce.rows));
+  const int64_t shared = (reduce.rows + (pooled.partials ? int64_t{reduce.columns} : 0)) * int64_t{sizeof(float)};
+  if (shared > kMaxShared)
+    throw std::invalid_argument("the hidden units of squeeze-excite must fit " + std::to_string(kMaxShared) +
+                                " bytes of shared memory, got " + std::to_string(shared));
   const int64_t wanted = std::clamp<int64_t>(kEnoughBlocks / n, 1, ceil_div(expand.rows, kMinChunk));
   const int chunk = int(ceil_div(expand.rows, wanted)), chunks = int(ceil_div(expand.rows, chunk));
   return {{dtype},
           unsigned(to_int32(n * chunks, "the number of blocks")),
           kThreads,
-          unsigned(reduce.rows * sizeof(float)),
+          unsigned(shared),
           {pooled, gate, reduce, expand, chunks, chunk}};
 }
 

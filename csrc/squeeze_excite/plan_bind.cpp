@@ -12,7 +12,8 @@ static py::dict se_gate_plan(Address pooled, Address gate, Address reduce_weight
     return squeeze_excite::make_layer(reinterpret_cast<const void*>(matrix), reinterpret_cast<const void*>(bias), rows,
                                       columns, code, type);
   };
-  return to_dict(squeeze_excite::plan_gate(reinterpret_cast<const float*>(pooled), reinterpret_cast<float*>(gate),
+  const Means means{reinterpret_cast<const float*>(pooled), nullptr, 0};
+  return to_dict(squeeze_excite::plan_gate(means, reinterpret_cast<float*>(gate),
                                            layer(reduce_weight, reduce_bias, reduced, channels, activation),
                                            layer(expand_weight, expand_bias, channels, reduced, gate_activation), batch,
                                            type));

@@ -1,0 +1,199 @@
+// The 1x1 expansion and the depthwise convolution in one kernel: the expanded map is never in global memory.
+//
+// A block has x under one output tile in shared memory. A group of channels at a time, it expands that on matrix
+// instructions, normalises and activates it into shared memory, and convolves it from there as dwconv does.
+#pragma once
+
+#include "common/async_copy.cuh"
+#include "common/matrix.cuh"
+#include "common/moments.cuh"
+#include "common/transform.cuh"
+#include "dwconv/kernel.cuh"
+#include "expand_dwconv/plan.h"
+
+namespace effk::expand_dwconv {
+
+using dwconv::slot;
+using dwconv::Window;
+
+// Copies `rows` rows of `length` elements to shared memory, `pitch` apart, and zeros up to `depth`. `row(i)` is where row i
+// begins; elements are `stride` apart, vectors with `aligned`, where they may arrive later: `wait_for_copies`.
+template <class T, class Row>
+__device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int length, int depth, int64_t stride,
+                                           bool aligned, Row row) {
+  if (aligned) {
+    constexpr int V = kVector<T>;
+    const int vectors = depth / V;
+    for (int i = threadIdx.x; i < rows * vectors; i += blockDim.x) {
+      const int at = small_quotient(i, vectors), k = (i - at * vectors) * V;
+      T* to = shared + at * pitch + k;
+      const T* from = row(at);
+      if (from && k < length) {
+        copy_async(to, from + k);
+      } else {
+        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+      }
+    }
+  } else {
+    // Neighbouring threads have neighbouring rows: pixels, which may be neighbours in memory.
+    for (int i = threadIdx.x; i < rows * depth; i += blockDim.x) {
+      const int k = small_quotient(i, rows), at = i - k * rows;
+      const T* from = row(at);
+      shared[at * pitch + k] = from && k < length ? load_global(from + k * stride) : from_float<T>(0.0f);
+    }
+  }
+}
+
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Params p) {
+  constexpr int V = lanes(K);
+  unsigned char* shared = shared_memory();
+  T* x_tile = reinterpret_cast<T*>(shared);
+  T* expand = reinterpret_cast<T*>(shared + p.expand_offset);
+  T* e_tile = reinterpret_cast<T*>(shared + p.e_offset);
+  Normalize* norm1 = reinterpret_cast<Normalize*>(shared + p.norm_offset);
+  Normalize* norm2 = norm1 + p.group;
+  float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
+  float* column_sums = reinterpret_cast<float*>(shared + p.sum_offset);
+  const int tid = threadIdx.x, threads = blockDim.x;
+
+  // Blocks that share a tile of x run together.
+  const int shares = (p.groups + p.groups_each - 1) / p.groups_each;
+  const int first_group = blockIdx.x % shares * p.groups_each, end_group = min(first_group + p.groups_each, p.groups);
+  int rest = blockIdx.x / shares;
+  const int tile_x = rest % p.tiles_w;
+  rest /= p.tiles_w;
+  const int tile_y = rest % p.tiles_h;
+  const int64_t n = rest / p.tiles_h;
+  const int out_x0 = tile_x * p.tile_w, out_y0 = tile_y * p.strips * kRows;
+  const int rows = (p.strips * kRows - 1) * S + K, columns = (p.tile_w - 1) * S + K;
+  const int odd_offset = (columns + 1) / 2;
+  const int x0 = out_x0 * S - p.pad_left, y0 = out_y0 * S - p.pad_top;
+  const Window inside(x0, y0, columns, rows, p.w, p.h);
+  const int pixels = inside.width * inside.height;
+
+  const auto stage_expand = [&](int group) {
+    const int c0 = group * p.group;
+    stage_rows(expand, p.pitch, p.group, p.c, p.depth, 1, p.expand_aligned, [&](int i) {
+      return c0 + i < p.hidden ? static_cast<const T*>(p.expand) + int64_t{c0 + i} * p.c : nullptr;
+    });
+  };
+  {
+    const T* x = static_cast<const T*>(p.x) + n * p.x_stride.n + int64_t{y0 + inside.top} * p.x_stride.h +
+                 int64_t{x0 + inside.left} * p.x_stride.w;
+    stage_rows(x_tile, p.pitch, pixels, p.c, p.depth, p.x_stride.c, p.x_aligned, [&](int i) {
+      const int row = small_quotient(i, inside.width);
+      return x + int64_t{row} * p.x_stride.h + int64_t{i - row * inside.width} * p.x_stride.w;
+    });
+  }
+  stage_expand(first_group);
+  // Around the map e is zero, and stays so.
+  if (inside.width < columns || inside.height < rows)
+    clear_shared(e_tile, rows * columns * p.e_pitch * int(sizeof(T)));
+
+  for (int group = first_group; group < end_group; ++group) {
+    const int c0 = group * p.group;
+    for (int i = tid; i < p.group; i += threads) {
+      if (c0 + i >= p.hidden) break;
+      norm1[i] = load_normalize<T>(p.norm1, c0 + i);
+      norm2[i] = load_normalize<T>(p.norm2, c0 + i);
+    }
+    for (int i = tid; i < p.group * K * K; i += threads) {
+      const int c = i / (K * K), tap = i % (K * K);
+      const T* from = static_cast<const T*>(p.depthwise) + int64_t{c0} * (K * K) + i;
+      weights[tap * p.weight_pitch + c] = c0 + c < p.hidden ? to_float(load_global(from)) : 0.0f;
+    }
+    wait_for_copies();
+    __syncthreads();
+
+    const int across = p.group / kUnitChannels, units = (pixels + kUnitPixels - 1) / kUnitPixels * across;
+    for (int unit = tid / 32; unit < units; unit += threads / 32) {
+      using Product = WarpProduct<T, kUnitPixels / 16, kUnitChannels / 8>;
+      const int down = unit / across, row0 = down * kUnitPixels, column0 = (unit - down * across) * kUnitChannels;
+      Product product;
+      product.add(x_tile + row0 * p.pitch, p.pitch, expand + column0 * p.pitch, p.pitch, p.depth);
+      constexpr int kValues = 2 * Product::kLaneColumns;
+      Normalize normalize[kValues];
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) normalize[v] = norm1[column0 + product.column(v / 2) + v % 2];
+#pragma unroll
+      for (int i = 0; i < Product::kLaneRows; ++i) {
+        const int pixel = row0 + product.row(i);
+        if (pixel >= pixels) break;
+        float values[kValues];
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) values[v] = normalize[v](product.pair(i, v / 2).at[v % 2]);
+        activate_all(values, p.norm1.activation);
+        const int row = small_quotient(pixel, inside.width), column = pixel - row * inside.width;
+        T* to = e_tile + ((inside.top + row) * columns + slot<S>(inside.left + column, odd_offset)) * p.e_pitch + column0;
+#pragma unroll
+        for (int j = 0; j < Product::kLaneColumns; ++j)
+          Vec<T, 2>{{from_float<T>(values[2 * j]), from_float<T>(values[2 * j + 1])}}.store(to + product.column(j));
+      }
+    }
+    __syncthreads();
+
+    if (group + 1 < end_group) stage_expand(group + 1);
+    const int per_pixel = p.group / V, column = small_quotient(tid, per_pixel), lane = (tid - column * per_pixel) * V;
+    const int c = c0 + lane, valid = min(V, p.hidden - c), out_x = out_x0 + column;
+    const bool reduces = p.reduction.mean || p.reduction.partials;
+    if (column < p.tile_w) {
+      float weight[K * K][V], sums[V] = {};
+      Normalize normalize[V];
+#pragma unroll
+      for (int tap = 0; tap < K * K; ++tap) {
+        const auto vec = Vec<float, V>::load(weights + tap * p.weight_pitch + lane);
+#pragma unroll
+        for (int v = 0; v < V; ++v) weight[tap][v] = vec.at[v];
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) normalize[v] = norm2[lane + v];
+      const T* in = e_tile + column * p.e_pitch + lane;
+      T* out = static_cast<T*>(p.d) + n * p.d_stride.n + c + int64_t{out_y0} * p.d_stride.h +
+               int64_t{out_x} * p.d_stride.w;
+      for (int strip = 0; strip < p.strips; ++strip) {
+        const int count = out_x < p.out_w ? min(kRows, p.out_h - out_y0 - strip * kRows) : 0;
+        dwconv::slide<K, S, V>(
+            weight,
+            [&](int row, int kx, float(&values)[V]) {
+              const auto vec = Vec<T, V>::load(in + (row * columns + slot<S>(kx, odd_offset)) * p.e_pitch);
+#pragma unroll
+              for (int v = 0; v < V; ++v) values[v] = to_float(vec.at[v]);
+            },
+            [&](int row, float(&values)[V]) {
+              if (row >= count) return;
+#pragma unroll
+              for (int v = 0; v < V; ++v) values[v] = normalize[v](values[v]);
+              activate_all(values, p.norm2.activation);
+              Vec<T, V> vec;
+#pragma unroll
+              for (int v = 0; v < V; ++v) {
+                vec.at[v] = from_float<T>(values[v]);
+                sums[v] += to_float(vec.at[v]);
+              }
+              store_some<V>(out, vec, 1, valid, p.d_vector);
+              out += p.d_stride.h;
+            });
+        in += kRows * S * columns * p.e_pitch;
+      }
+      if (reduces) {
+        Vec<float, V> vec;
+#pragma unroll
+        for (int v = 0; v < V; ++v) vec.at[v] = sums[v];
+        vec.store(column_sums + column * p.group + lane);
+      }
+    }
+    __syncthreads();
+
+    if (!reduces) continue;
+    const int count = min(p.tile_w, p.out_w - out_x0) * min(p.strips * kRows, p.out_h - out_y0);
+    for (int i = tid; i < p.group; i += threads) {
+      float sum = 0;
+      for (int column = 0; column < p.tile_w; ++column) sum += column_sums[column * p.group + i];
+      const Moments moments[1] = {{static_cast<float>(count), 0.0f, sum / count, 0.0f}};
+      store_moments<1>(p.reduction, moments, n, tile_y * p.tiles_w + tile_x, p.tiles_h * p.tiles_w, c0 + i, p.hidden);
+    }
+  }
+}
+
+}  // namespace effk::expand_dwconv

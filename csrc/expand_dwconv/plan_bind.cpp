@@ -1,0 +1,37 @@
+#include "expand_dwconv/plan.h"
+#include "introspection/plans.h"
+#include "introspection/registry.h"
+
+namespace effk::introspection {
+
+static std::optional<py::dict> expand_dwconv_plan(const MapArgument& x, const MapArgument& d, const std::string& dtype,
+                                                  Address expand, const TransformArgument& norm1, Address depthwise,
+                                                  const TransformArgument& norm2, int kernel_size, int stride,
+                                                  int pad_top, int pad_left, int reduce, Address sums,
+                                                  Address workspace) {
+  expand_dwconv::Problem q{};
+  q.x = map_from(x);
+  q.d = map_from(d);
+  q.dtype = dtype_from(dtype);
+  q.expand = reinterpret_cast<const void*>(expand);
+  q.depthwise = reinterpret_cast<const void*>(depthwise);
+  q.norm1 = transform_from(norm1);
+  q.norm2 = transform_from(norm2);
+  q.kernel_size = kernel_size;
+  q.stride = stride;
+  q.pad_top = pad_top;
+  q.pad_left = pad_left;
+  q.reduce = static_cast<Reduce>(reduce);
+  auto plan = expand_dwconv::make_plan(q);
+  if (!plan) return std::nullopt;
+  return to_dict(*plan, sums, workspace);
+}
+
+}  // namespace effk::introspection
+
+EFFK_INTROSPECTION(m) {
+  m.def("expand_dwconv_plan", &effk::introspection::expand_dwconv_plan, py::arg("x"), py::arg("d"), py::arg("dtype"),
+        py::arg("expand"), py::arg("norm1"), py::arg("depthwise"), py::arg("norm2"), py::arg("kernel_size"),
+        py::arg("stride"), py::arg("pad_top"), py::arg("pad_left"), py::arg("reduce"), py::arg("sums") = 0,
+        py::arg("workspace") = 0, "The CUDA launches of effkernels::expand_dwconv; None where nothing fits.");
+}
