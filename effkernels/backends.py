@@ -71,7 +71,20 @@ def takes(backend: str, x: Tensor) -> bool:
     """Whether `choose` takes `backend` for an op on `x` that has kernels for it."""
     if _requested != "auto":
         return _requested == backend
-    return next(name for name in PREFERENCE if why_not(name, x) is None) == backend
+    return _first_that_can(x)[0] == backend
+
+
+def _first_that_can(x: Tensor) -> tuple[str, dict[str, str]]:
+    """What `auto` takes, and why not those that it prefers."""
+    refused: dict[str, str] = {}
+    for backend in PREFERENCE:
+        reason = why_not(backend, x)
+        if reason is None and backend in VERIFIED:
+            reason = verify.why_not(backend, str(x.device), torch.compiler.is_compiling())
+        if reason is None:
+            break
+        refused[backend] = reason
+    return backend, refused
 
 
 def choose(op: str, x: Tensor, obstacle: object = None) -> str:
@@ -88,13 +101,7 @@ def choose(op: str, x: Tensor, obstacle: object = None) -> str:
             raise RuntimeError(f"effkernels.{op}: backend {_requested!r} cannot run: {reason}")
         backend = _requested
     else:
-        for backend in PREFERENCE:
-            reason = why_not(backend, x)
-            if reason is None and backend in VERIFIED:
-                reason = verify.why_not(backend, str(x.device), torch.compiler.is_compiling())
-            if reason is None:
-                break
-            refused[backend] = reason
+        backend, refused = _first_that_can(x)
         if backend == "eager" and not torch.compiler.is_compiling():
             _warn_slow(x, refused)
     if _decisions is not None:

@@ -21,10 +21,15 @@ auto with_type(Dtype dtype, F f) {
 
 template <class Instance, class Params>
 void launch(const Launch<Instance, Params>& plan, void (*kernel)(Params), cudaStream_t stream) {
+  constexpr unsigned kGranted = 48 * 1024;  // of shared memory; more must be asked for
   Params params = plan.params;
   void* arguments[] = {&params};
+  cudaError_t error = cudaSuccess;
+  if (plan.shared_bytes > kGranted)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes));
   // Not <<<>>>: tests compile this with an ordinary compiler too.
-  const cudaError_t error = cudaLaunchKernel(kernel, plan.grid, plan.block, arguments, plan.shared_bytes, stream);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(kernel, plan.grid, plan.block, arguments, plan.shared_bytes, stream);
   if (error != cudaSuccess)
     throw std::runtime_error("launching " + kernel_name(plan.instance) + ": " + cudaGetErrorString(error));
 }

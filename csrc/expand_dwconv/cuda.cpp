@@ -20,12 +20,13 @@ std::tuple<Tensor, Tensor> expand_dwconv(
   Tensor d = empty_map(x, {q.x.n, hidden, out_h, out_w}, true);
   if (d.numel() == 0) return {d, undefined_sums(d, q.reduce)};
   q.d.data = d.data_ptr();
-  std::optional<Plan> plan = make_plan(q);
-  require(plan.has_value(), "there is no kernel for windows of " + std::to_string(q.kernel_size) + " and " +
+  const std::optional<Tile> tile = best_tile(q);
+  require(tile.has_value(), "there is no kernel for windows of " + std::to_string(q.kernel_size) + " and " +
                                 std::to_string(q.x.c) + " channels");
-  Tensor sums = empty_sums(d, q.reduce), workspace = empty_floats(x, {plan->workspace_floats});
-  plan->reduce_into(static_cast<float*>(sums.data_ptr()), static_cast<float*>(workspace.data_ptr()));
-  execute(*plan, current_stream(x));
+  Plan plan = make_plan(q, *tile);
+  Tensor sums = empty_sums(d, q.reduce), workspace = empty_floats(x, {plan.workspace_floats});
+  plan.reduce_into(static_cast<float*>(sums.data_ptr()), static_cast<float*>(workspace.data_ptr()));
+  execute(plan, current_stream(x));
   return {d, sums};
 }
 

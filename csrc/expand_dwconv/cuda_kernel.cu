@@ -17,4 +17,18 @@ void execute(const Plan& plan, Stream stream) {
   });
 }
 
+Gpu current_gpu() {
+  int device = 0;
+  Gpu gpu;
+  const auto read = [&](cudaDeviceAttr attribute, int& value) {
+    if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+      throw std::runtime_error("the GPU does not tell its attributes");
+  };
+  if (cudaGetDevice(&device) != cudaSuccess) throw std::runtime_error("there is no current GPU");
+  read(cudaDevAttrMultiProcessorCount, gpu.multiprocessors);
+  read(cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.shared_per_block);
+  read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, gpu.shared_per_multiprocessor);
+  return gpu;
+}
+
 }  // namespace effk::expand_dwconv

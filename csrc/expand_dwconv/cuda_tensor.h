@@ -7,7 +7,8 @@
 namespace effk::expand_dwconv {
 
 // All but the reduction and the memory of d, which is dense in channels_last. The weights, `expand` [hidden, C] or
-// [hidden, C, 1, 1] and `depthwise` [hidden, 1, k, k], must outlive the launch, and are made dense.
+// [hidden, C, 1, 1] and `depthwise` [hidden, 1, k, k], must outlive the launch, and are made dense. The caller
+// holds a DeviceGuard.
 inline Problem make_problem(const Tensor& x, Tensor& expand, const Transform& norm1, Tensor& depthwise,
                             const Transform& norm2, int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h,
                             int64_t out_w) {
@@ -33,6 +34,7 @@ inline Problem make_problem(const Tensor& x, Tensor& expand, const Transform& no
   q.pad_left = to_int32(pad_left, "pad_left");
   q.norm1 = norm1;
   q.norm2 = norm2;
+  q.gpu = current_gpu();
   q.d = {nullptr, q.x.n, hidden, out_h, out_w, out_h * out_w * hidden, 1, out_w * hidden, hidden};
   return q;
 }

@@ -24,7 +24,7 @@ __device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int l
   if (aligned) {
     constexpr int V = kVector<T>;
     const int vectors = depth / V;
-    for (int i = threadIdx.x; i < rows * vectors; i += blockDim.x) {
+    for (int i = threadIdx.x; i < rows * vectors; i += kThreads) {
       const int at = small_quotient(i, vectors), k = (i - at * vectors) * V;
       T* to = shared + at * pitch + k;
       const T* from = row(at);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int l
     }
   } else {
     // Neighbouring threads have neighbouring rows: pixels, which may be neighbours in memory.
-    for (int i = threadIdx.x; i < rows * depth; i += blockDim.x) {
+    for (int i = threadIdx.x; i < rows * depth; i += kThreads) {
       const int k = small_quotient(i, rows), at = i - k * rows;
       const T* from = row(at);
       shared[at * pitch + k] = from && k < length ? load_global(from + k * stride) : from_float<T>(0.0f);
@@ -45,7 +45,7 @@ __device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int l
 }
 
 template <class T, int K, int S>
-__global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
   constexpr int V = lanes(K);
   unsigned char* shared = shared_memory();
   T* x_tile = reinterpret_cast<T*>(shared);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Params p) {
   Normalize* norm2 = norm1 + p.group;
   float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
   float* column_sums = reinterpret_cast<float*>(shared + p.sum_offset);
-  const int tid = threadIdx.x, threads = blockDim.x;
+  const int tid = threadIdx.x;
 
   // Blocks that share a tile of x run together.
   const int shares = (p.groups + p.groups_each - 1) / p.groups_each;
@@ -93,12 +93,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Params p) {
 
   for (int group = first_group; group < end_group; ++group) {
     const int c0 = group * p.group;
-    for (int i = tid; i < p.group; i += threads) {
+    for (int i = tid; i < p.group; i += kThreads) {
       if (c0 + i >= p.hidden) break;
       norm1[i] = load_normalize<T>(p.norm1, c0 + i);
       norm2[i] = load_normalize<T>(p.norm2, c0 + i);
     }
-    for (int i = tid; i < p.group * K * K; i += threads) {
+    for (int i = tid; i < p.group * K * K; i += kThreads) {
       const int c = i / (K * K), tap = i % (K * K);
       const T* from = static_cast<const T*>(p.depthwise) + int64_t{c0} * (K * K) + i;
       weights[tap * p.weight_pitch + c] = c0 + c < p.hidden ? to_float(load_global(from)) : 0.0f;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Params p) {
     __syncthreads();
 
     const int across = p.group / kUnitChannels, units = (pixels + kUnitPixels - 1) / kUnitPixels * across;
-    for (int unit = tid / 32; unit < units; unit += threads / 32) {
+    for (int unit = tid / 32; unit < units; unit += kThreads / 32) {
       using Product = WarpProduct<T, kUnitPixels / 16, kUnitChannels / 8>;
       const int down = unit / across, row0 = down * kUnitPixels, column0 = (unit - down * across) * kUnitChannels;
       Product product;
@@ -134,63 +134,59 @@ __global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Params p) {
     __syncthreads();
 
     if (group + 1 < end_group) stage_expand(group + 1);
-    const int per_pixel = p.group / V, column = small_quotient(tid, per_pixel), lane = (tid - column * per_pixel) * V;
-    const int c = c0 + lane, valid = min(V, p.hidden - c), out_x = out_x0 + column;
+    const int per_pixel = p.group / V;
+    const int member = small_quotient(tid, per_pixel), strip = small_quotient(member, p.tile_w);
+    const int lane = (tid - member * per_pixel) * V, column = member - strip * p.tile_w;
+    const int c = c0 + lane, valid = min(V, p.hidden - c);
+    const int out_x = out_x0 + column, out_y = out_y0 + strip * kRows;
+    const int count = out_x < p.out_w ? min(kRows, p.out_h - out_y) : 0;  // rows of this thread; none if negative
     const bool reduces = p.reduction.mean || p.reduction.partials;
-    if (column < p.tile_w) {
-      float weight[K * K][V], sums[V] = {};
-      Normalize normalize[V];
+    if (strip < p.strips) {
+      Vec<float, V> sums = {};
+      float weight[K * K][V];
 #pragma unroll
       for (int tap = 0; tap < K * K; ++tap) {
         const auto vec = Vec<float, V>::load(weights + tap * p.weight_pitch + lane);
 #pragma unroll
         for (int v = 0; v < V; ++v) weight[tap][v] = vec.at[v];
       }
+      Normalize normalize[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) normalize[v] = norm2[lane + v];
-      const T* in = e_tile + column * p.e_pitch + lane;
-      T* out = static_cast<T*>(p.d) + n * p.d_stride.n + c + int64_t{out_y0} * p.d_stride.h +
+      const T* in = e_tile + (strip * kRows * S * columns + column) * p.e_pitch + lane;
+      T* out = static_cast<T*>(p.d) + n * p.d_stride.n + c + int64_t{out_y} * p.d_stride.h +
                int64_t{out_x} * p.d_stride.w;
-      for (int strip = 0; strip < p.strips; ++strip) {
-        const int count = out_x < p.out_w ? min(kRows, p.out_h - out_y0 - strip * kRows) : 0;
-        dwconv::slide<K, S, V>(
-            weight,
-            [&](int row, int kx, float(&values)[V]) {
-              const auto vec = Vec<T, V>::load(in + (row * columns + slot<S>(kx, odd_offset)) * p.e_pitch);
+      dwconv::slide<K, S, V>(
+          weight,
+          [&](int row, int kx, float(&values)[V]) {
+            const auto vec = Vec<T, V>::load(in + (row * columns + slot<S>(kx, odd_offset)) * p.e_pitch);
 #pragma unroll
-              for (int v = 0; v < V; ++v) values[v] = to_float(vec.at[v]);
-            },
-            [&](int row, float(&values)[V]) {
-              if (row >= count) return;
+            for (int v = 0; v < V; ++v) values[v] = to_float(vec.at[v]);
+          },
+          [&](int row, float(&values)[V]) {
+            if (row >= count) return;
 #pragma unroll
-              for (int v = 0; v < V; ++v) values[v] = normalize[v](values[v]);
-              activate_all(values, p.norm2.activation);
-              Vec<T, V> vec;
+            for (int v = 0; v < V; ++v) values[v] = normalize[v](values[v]);
+            activate_all(values, p.norm2.activation);
+            Vec<T, V> vec;
 #pragma unroll
-              for (int v = 0; v < V; ++v) {
-                vec.at[v] = from_float<T>(values[v]);
-                sums[v] += to_float(vec.at[v]);
-              }
-              store_some<V>(out, vec, 1, valid, p.d_vector);
-              out += p.d_stride.h;
-            });
-        in += kRows * S * columns * p.e_pitch;
-      }
-      if (reduces) {
-        Vec<float, V> vec;
-#pragma unroll
-        for (int v = 0; v < V; ++v) vec.at[v] = sums[v];
-        vec.store(column_sums + column * p.group + lane);
-      }
+            for (int v = 0; v < V; ++v) {
+              vec.at[v] = from_float<T>(values[v]);
+              sums.at[v] += to_float(vec.at[v]);
+            }
+            store_some<V>(out, vec, 1, valid, p.d_vector);
+            out += p.d_stride.h;
+          });
+      if (reduces) sums.store(column_sums + member * p.group + lane);
     }
     __syncthreads();
 
     if (!reduces) continue;
-    const int count = min(p.tile_w, p.out_w - out_x0) * min(p.strips * kRows, p.out_h - out_y0);
-    for (int i = tid; i < p.group; i += threads) {
+    const int area = min(p.tile_w, p.out_w - out_x0) * min(p.strips * kRows, p.out_h - out_y0);
+    for (int i = tid; i < p.group; i += kThreads) {
       float sum = 0;
-      for (int column = 0; column < p.tile_w; ++column) sum += column_sums[column * p.group + i];
-      const Moments moments[1] = {{static_cast<float>(count), 0.0f, sum / count, 0.0f}};
+      for (int other = 0; other < p.strips * p.tile_w; ++other) sum += column_sums[other * p.group + i];
+      const Moments moments[1] = {{static_cast<float>(area), 0.0f, sum / area, 0.0f}};
       store_moments<1>(p.reduction, moments, n, tile_y * p.tiles_w + tile_x, p.tiles_h * p.tiles_w, c0 + i, p.hidden);
     }
   }

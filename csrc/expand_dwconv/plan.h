@@ -14,7 +14,7 @@ using dwconv::kRows;
 using dwconv::lanes;
 using dwconv::window;
 
-constexpr int kMaxThreads = 256, kMaxShared = 48 * 1024;
+constexpr int kThreads = 256;
 // Of a product of a warp: pixels by channels.
 constexpr int kUnitPixels = 32, kUnitChannels = 16;
 
@@ -28,6 +28,12 @@ inline std::string kernel_name(const Instance& i) {
          std::to_string(i.stride) + ">";
 }
 
+// What a plan has to know of the GPU; here the least that there is since sm_80.
+struct Gpu {
+  int multiprocessors = 108;
+  int shared_per_block = 99 * 1024, shared_per_multiprocessor = 100 * 1024;
+};
+
 struct Problem {
   Map x, d;  // d is dense, in channels_last
   Dtype dtype;
@@ -35,6 +41,7 @@ struct Problem {
   int kernel_size, stride, pad_top, pad_left;
   Transform norm1, norm2;
   Reduce reduce;  // none, or the mean
+  Gpu gpu;
 };
 
 struct Params {
@@ -59,88 +66,109 @@ using Plan = ReducingPlan<Instance, Params>;
 
 struct Tile {
   int group, strips, tile_w, groups_each;
-  int threads, pitch, e_pitch, weight_pitch;
-  int expand_offset, e_offset, norm_offset, weight_offset, sum_offset, shared;
-  int64_t blocks;
+  int pitch, e_pitch, weight_pitch;
+  int expand_offset, e_offset, norm_offset, weight_offset, sum_offset;
+  int64_t pixels, shared, blocks;
 };
 
 // Shared memory: x, the pixels of the map under the tile, [pixels, C]; the expand weights of a group, [group, C]; the
 // expanded tile with its zeros around the map, [rows, columns, group]; the group's norms, depthwise weights and sums.
 // Operands lie an odd multiple of 16 bytes apart, pixels of e an odd multiple of 8 channels.
-inline Tile make_tile(const Problem& q, int group, int strips, int tile_w, int groups_each) {
-  const int k = q.kernel_size, size = size_of(q.dtype), per_thread = lanes(k);
+inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
+  const int k = q.kernel_size, size = size_of(q.dtype);
   const int64_t rows = window(strips * kRows, k, q.stride), columns = window(tile_w, k, q.stride);
-  const int64_t pixels = round_up(std::min(rows, q.x.h) * std::min(columns, q.x.w), kUnitPixels);
   const int64_t pitch_bytes = round_up(q.x.c * size, 32) + 16;
   Tile t{};
   t.group = group;
   t.strips = strips;
   t.tile_w = tile_w;
-  t.groups_each = groups_each;
-  t.threads = int(round_up(group / per_thread * tile_w, 32));
   t.pitch = int(pitch_bytes / size);
   t.e_pitch = group + 8;
   t.weight_pitch = group + 4;
-  auto place = [end = int64_t{0}](int64_t bytes) mutable {
-    const int64_t begin = end;
-    end += round_up(bytes, 16);
-    return int(std::min<int64_t>(begin, kMaxShared + 1));
+  t.pixels = std::min(rows, q.x.h) * std::min(columns, q.x.w);
+  const auto place = [&](int64_t bytes) {
+    const int64_t begin = t.shared;
+    t.shared += round_up(bytes, 16);
+    return int(begin);
   };
-  place(pixels * pitch_bytes);
+  place(round_up(t.pixels, kUnitPixels) * pitch_bytes);
   t.expand_offset = place(group * pitch_bytes);
   t.e_offset = place(rows * columns * t.e_pitch * size);
   t.norm_offset = place(2 * group * int64_t{sizeof(Normalize)});
   t.weight_offset = place(k * k * t.weight_pitch * int64_t{sizeof(float)});
-  t.sum_offset = place(q.reduce == Reduce::kNone ? 0 : tile_w * group * int64_t{sizeof(float)});
-  t.shared = place(0);
+  t.sum_offset = place(q.reduce == Reduce::kNone ? 0 : strips * tile_w * group * int64_t{sizeof(float)});
+  // Where tiles are few, several blocks share one.
+  const int64_t tiles = q.x.n * ceil_div(q.d.h, strips * kRows) * ceil_div(q.d.w, tile_w);
   const int64_t groups = ceil_div(q.d.c, group);
-  t.blocks = q.x.n * ceil_div(q.d.h, strips * kRows) * ceil_div(q.d.w, tile_w) * ceil_div(groups, groups_each);
+  const int64_t shares = std::min(ceil_div(2 * q.gpu.multiprocessors, tiles), groups);
+  t.groups_each = int(ceil_div(groups, shares));
+  t.blocks = tiles * ceil_div(groups, t.groups_each);
   return t;
 }
 
-// Estimated cost of a launch in cycles of a multiprocessor: what a block takes of the units that are busiest. A launch
-// of few blocks leaves multiprocessors idle.
-inline double cost(const Problem& q, const Tile& t) {
-  constexpr double kEnoughBlocks = 216, kBlockOverhead = 1500, kGroupOverhead = 400, kBytesPerCycle = 32;
-  constexpr double kUnitActivation = 64;  // two special functions for each of 512 values
-  const int k = q.kernel_size, size = size_of(q.dtype), per_thread = lanes(k);
-  const double rows = std::min<double>(window(t.strips * kRows, k, q.stride), double(q.x.h));
-  const double columns = std::min<double>(window(t.tile_w, k, q.stride), double(q.x.w));
-  const double units = std::ceil(rows * columns / kUnitPixels) * (t.group / kUnitChannels);
-  const double unit_product = q.dtype == Dtype::kFloat32 ? 4.0 * q.x.c : 12.0 * std::ceil(q.x.c / 16.0);
-  const double row_instructions = per_thread * (k * k + 12.0) + q.stride * k * (1 + per_thread);
-  const double depthwise = t.threads / 32.0 * t.strips * kRows * row_instructions / 4;
-  const double idle_warps = std::max(1.0, 4.0 / (t.threads / 32.0));
-  const double group = kGroupOverhead + units * (unit_product + kUnitActivation) + depthwise * idle_warps;
-  const double loads = (rows * columns + double(t.group) * t.groups_each) * q.x.c * size / kBytesPerCycle;
-  return std::max(double(t.blocks), kEnoughBlocks) * (kBlockOverhead + loads + t.groups_each * group);
+// Estimated cycles of a multiprocessor, whose busiest units are counted.
+constexpr double kBytesPerCycle = 32, kDramBytesPerCycle = 10, kLaunch = 3000, kBlockOverhead = 1500;
+
+// For a product of kUnitPixels by kUnitChannels: shared memory feeds matrix instructions, so many `steps` for each 16
+// channels of depth; 128 lanes multiply float32.
+inline double product_cycles(const Problem& q, double steps) {
+  return q.dtype == Dtype::kFloat32 ? 4.0 * q.x.c : steps * std::ceil(q.x.c / 16.0);
 }
 
-// The cheapest tile; none where a tile of x does not fit, or there is no kernel.
+// To activate as many values: 16 special functions a cycle, two for each.
+constexpr double kActivationCycles = 2.0 * kUnitPixels * kUnitChannels / 16;
+
+// For a warp's share of the depthwise convolution.
+inline double depthwise_cycles(const Problem& q) {
+  const int k = q.kernel_size, per_thread = lanes(k);
+  return kRows * (per_thread * (k * k + 12) + q.stride * k * (per_thread + 1)) / 4.0;
+}
+
+inline double cost(const Problem& q, const Tile& t) {
+  constexpr double kGroupOverhead = 600, kWarps = kThreads / 32;
+  const double per_sm = std::max(double(t.blocks) / q.gpu.multiprocessors, 1.0);
+  // Registers allow two blocks: one computes while the other waits.
+  const double resident = std::min(per_sm, 2 * (t.shared + 1024) <= q.gpu.shared_per_multiprocessor ? 2.0 : 1.0);
+  const double units = double(ceil_div(t.pixels, kUnitPixels)) * (t.group / kUnitChannels);
+  const double rounds = std::ceil(units / kWarps) * kWarps;
+  // Few warps do not keep the units busy.
+  const double warps = std::ceil(t.group / lanes(q.kernel_size) * t.tile_w * t.strips / 32.0);
+  const double loads = (double(t.pixels) + double(t.group) * t.groups_each) * double(q.x.c) * size_of(q.dtype);
+  const double group = kGroupOverhead / resident + rounds * (product_cycles(q, 12) + kActivationCycles) +
+                       std::max(warps, kWarps / resident) * depthwise_cycles(q);
+  return kLaunch + per_sm * (kBlockOverhead / resident + loads / kBytesPerCycle + t.groups_each * group);
+}
+
+// Of the expansion and the depthwise convolution in a launch each, with the expanded map in memory between them. They
+// are taken to reach two thirds of what their units can.
+inline double staged_cost(const Problem& q) {
+  const double e = double(q.x.n) * q.x.h * q.x.w * q.d.c, d = double(q.d.n) * q.d.h * q.d.w * q.d.c;
+  const double expand = e / (kUnitPixels * kUnitChannels) * (product_cycles(q, 8) + kActivationCycles);
+  const double depthwise = d / (32 * kRows * lanes(q.kernel_size)) * depthwise_cycles(q);
+  const double memory = 2 * e * size_of(q.dtype) / kDramBytesPerCycle;
+  return 2 * (kLaunch + kBlockOverhead) + 1.5 * (expand + depthwise + memory) / q.gpu.multiprocessors;
+}
+
+// The cheapest tile; none where nothing fits shared memory, or there is no kernel.
 inline std::optional<Tile> best_tile(const Problem& q) {
   constexpr int kGroups[] = {16, 32, 48, 64};
-  constexpr int kWidest = 32, kWidths = 4, kMaxStrips = 4;
+  constexpr int kWidths = 4, kMaxStrips = 4;
   if (q.kernel_size > 5) return std::nullopt;
   std::optional<Tile> best;
   double best_cost = 0;
   for (int group : kGroups) {
     if (group > round_up(q.d.c, kUnitChannels)) break;
-    const int groups = int(ceil_div(q.d.c, group));
     for (int strips = 1; strips <= std::min<int64_t>(kMaxStrips, ceil_div(q.d.h, kRows)); ++strips) {
-      int considered = 0;
-      for (int64_t cuts = ceil_div(q.d.w, kWidest); considered < kWidths && cuts <= q.d.w; ++cuts) {
-        const int tile_w = int(ceil_div(q.d.w, cuts));
-        bool fits = false;
-        for (int groups_each = groups; groups_each >= 1; groups_each = groups_each == 1 ? 0 : (groups_each + 1) / 2) {
-          const Tile t = make_tile(q, group, strips, tile_w, groups_each);
-          if (t.threads > kMaxThreads || t.shared > kMaxShared) break;
-          fits = true;
-          const double c = cost(q, t);
-          if (best && c >= best_cost) continue;
-          best = t;
-          best_cost = c;
-        }
-        considered += fits;
+      const int widest = kThreads / (group / lanes(q.kernel_size) * strips);
+      if (widest == 0) break;
+      const int64_t cuts = ceil_div(q.d.w, widest);
+      for (int64_t more = 0; more < kWidths && cuts + more <= q.d.w; ++more) {
+        const Tile t = make_tile(q, group, strips, int(ceil_div(q.d.w, cuts + more)));
+        if (t.shared > q.gpu.shared_per_block) continue;
+        const double c = cost(q, t);
+        if (best && c >= best_cost) continue;
+        best = t;
+        best_cost = c;
       }
     }
   }
@@ -148,15 +176,12 @@ inline std::optional<Tile> best_tile(const Problem& q) {
 }
 
 // A problem must not be empty.
-inline std::optional<Plan> make_plan(const Problem& q) {
-  const std::optional<Tile> tile = best_tile(q);
-  if (!tile) return std::nullopt;
-  const Tile& t = *tile;
+inline Plan make_plan(const Problem& q, const Tile& t) {
   const int vector = kVectorBytes / size_of(q.dtype);
   Plan plan;
   plan.main.instance = {q.dtype, q.kernel_size, q.stride};
   plan.main.grid = unsigned(to_int32(t.blocks, "the number of blocks"));
-  plan.main.block = unsigned(t.threads);
+  plan.main.block = kThreads;
   plan.main.shared_bytes = unsigned(t.shared);
   Params& p = plan.main.params = Params{};
   p.x = q.x.data;
@@ -198,6 +223,8 @@ inline std::optional<Plan> make_plan(const Problem& q) {
   return plan;
 }
 
-void execute(const Plan& plan, Stream stream);  // cuda_kernel.cu
+// cuda_kernel.cu
+void execute(const Plan& plan, Stream stream);
+Gpu current_gpu();
 
 }  // namespace effk::expand_dwconv

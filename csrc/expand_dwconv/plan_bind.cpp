@@ -22,9 +22,12 @@ static std::optional<py::dict> expand_dwconv_plan(const MapArgument& x, const Ma
   q.pad_top = pad_top;
   q.pad_left = pad_left;
   q.reduce = static_cast<Reduce>(reduce);
-  auto plan = expand_dwconv::make_plan(q);
-  if (!plan) return std::nullopt;
-  return to_dict(*plan, sums, workspace);
+  const auto tile = expand_dwconv::best_tile(q);
+  if (!tile) return std::nullopt;
+  expand_dwconv::Plan plan = expand_dwconv::make_plan(q, *tile);
+  py::dict dict = to_dict(plan, sums, workspace);
+  dict["worthwhile"] = expand_dwconv::cost(q, *tile) < expand_dwconv::staged_cost(q);
+  return dict;
 }
 
 }  // namespace effk::introspection
@@ -33,5 +36,5 @@ EFFK_INTROSPECTION(m) {
   m.def("expand_dwconv_plan", &effk::introspection::expand_dwconv_plan, py::arg("x"), py::arg("d"), py::arg("dtype"),
         py::arg("expand"), py::arg("norm1"), py::arg("depthwise"), py::arg("norm2"), py::arg("kernel_size"),
         py::arg("stride"), py::arg("pad_top"), py::arg("pad_left"), py::arg("reduce"), py::arg("sums") = 0,
-        py::arg("workspace") = 0, "The CUDA launches of effkernels::expand_dwconv; None where nothing fits.");
+        py::arg("workspace") = 0, "The CUDA launches of effkernels::expand_dwconv on the least GPU since sm_80; None where nothing fits.");
 }

@@ -1,22 +1,12 @@
 // effkernels::mbconv_inference.cpp, and the same in two steps: mbconv_pack.cpp, once, and mbconv_packed.cpp.
 #include "cpu_kernel.h"
 #include "cpu_tensor.h"
+#include "mbconv_inference/parameters.h"
 
 namespace effk {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-// What a block consists of, in the order of the schemas.
-#define EFFK_BLOCK_PARAMETERS                                                                                       \
-  Optional expand, Optional mean1, Optional var1, Optional gamma1, Optional beta1, double eps1, int64_t act1,       \
-      const Tensor &depthwise, const Tensor &mean2, const Tensor &var2, Optional gamma2, Optional beta2,            \
-      double eps2, int64_t act2, Optional w1, Optional b1, Optional w2, Optional b2, int64_t squeeze_act,           \
-      int64_t gate, const Tensor &project, const Tensor &mean3, const Tensor &var3, Optional gamma3, Optional beta3, \
-      double eps3
-#define EFFK_BLOCK_ARGUMENTS                                                                                           \
-  expand, mean1, var1, gamma1, beta1, eps1, act1, depthwise, mean2, var2, gamma2, beta2, eps2, act2, w1, b1, w2, b2, \
-      squeeze_act, gate, project, mean3, var3, gamma3, beta3, eps3
 
 // The sizes of a block that do not depend on x, and the dtype.
 MbconvParams block_params(Dtype dtype, int64_t c, int64_t hidden, int64_t out_c, bool has_expand, int64_t kernel_size,

@@ -18,6 +18,7 @@ from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
 from effkernels.ops.mbconv import Stage
 from effkernels.ops.mbconv.op import MBCONV
 from effkernels.ops.mbconv_inference import Gate, mbconv_inference, pack_block
+from effkernels.ops.mbconv_inference.op import MBCONV_INFERENCE
 
 
 class Fused(nn.Module):
@@ -103,11 +104,10 @@ def run_block(block: Block, x: Tensor) -> Tensor:
     if not inference and _is_mbconv(block) and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads):
         return _train_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
-    if inference and backends.takes("cpp", x):
-        if _is_mbconv(block):
-            return _run_whole(block, x)
-        if all(is_dense(layer, x.dtype) for layer in block.layers()) and se is None:
-            return _run_dense(block, x)
+    if inference and _is_mbconv(block) and any(backends.takes(b, x) for b in MBCONV_INFERENCE.overloads):
+        return _run_whole(block, x)
+    if inference and se is None and backends.takes("cpp", x) and _all_dense(block, x.dtype):
+        return _run_dense(block, x)
     y, pooled = x, None
     if inference and expand is not None and depthwise is not None:
         y, pooled = _expand_depthwise(expand, depthwise, y, pool=se is not None)
@@ -136,14 +136,14 @@ def _is_inference(layers: Iterable[Layer], se: SE | None, x: Tensor) -> bool:
 
 def _run_whole(block: Block, x: Tensor) -> Tensor:
     """A block with a depthwise convolution and a projection, in one op."""
-    residual = adds_x(block)
+    residual = adds_x(block, x.device.type)
     y: Tensor = mbconv_inference(x, **_block(block), residual=residual)
     return y if block.shortcut is None or residual else block.shortcut(block.drop_path(y), x)
 
 
-def adds_x(block: Block) -> bool:
+def adds_x(block: Block, device: str = "cpu") -> bool:
     """Whether the shortcut is a plain sum in the dtype of x."""
-    return block.shortcut is not None and parts.passes(block.drop_path) and not torch.is_autocast_enabled("cpu")
+    return block.shortcut is not None and parts.passes(block.drop_path) and not torch.is_autocast_enabled(device)
 
 
 def packed(found: Block | Layer) -> Callable[[Tensor], Tensor] | None:
@@ -254,6 +254,10 @@ def is_dense(layer: Layer, dtype: torch.dtype) -> bool:
         and dtype.itemsize >= 4
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _all_dense(block: Block, dtype: torch.dtype) -> bool:
+    return all(is_dense(layer, dtype) for layer in block.layers())
 
 
 def _run_dense(block: Block, x: Tensor) -> Tensor:

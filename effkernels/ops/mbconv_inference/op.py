@@ -22,8 +22,8 @@ _DEPTHWISE, _PROJECT = 7, 20  # their places in _BLOCK
 
 
 def _unseen_bytes(x: Tensor, hidden: int, out_h: int, out_w: int, residual: bool) -> int:
-    """The depthwise output is written and read once, in at least float32, and a shortcut reads x again."""
-    size = statistics_dtype(x).itemsize
+    """The depthwise output is written and read once, on the CPU in at least float32; a shortcut reads x again."""
+    size = x.element_size() if x.is_cuda else statistics_dtype(x).itemsize
     return 2 * x.shape[0] * hidden * out_h * out_w * size + residual * x.numel() * x.element_size()
 
 
@@ -36,7 +36,7 @@ MBCONV_INFERENCE = Op(
     "mbconv_inference",
     f"(Tensor x, {_BLOCK}, {_WINDOW}) -> Tensor",
     fake=_mbconv_inference_fake,
-    backends=("cpp",),
+    backends=("cpp", "cuda"),
     unseen_bytes=lambda x, *arguments: _unseen_bytes(x, arguments[_DEPTHWISE].shape[0], *arguments[-3:]),
 )
 

@@ -67,7 +67,7 @@ struct dim3 {
 namespace cuda_on_cpu {
 
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
-constexpr size_t kMaxShared = 48 * 1024, kStack = 64 * 1024;
+constexpr size_t kMaxShared = 99 * 1024, kStack = 64 * 1024;
 
 enum class State { kReady, kAtBarrier, kAtWarpBarrier, kDone };
 
@@ -335,6 +335,27 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch configuration"; }
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kValues[] = {108, cuda_on_cpu::kMaxShared, 100 * 1024};
+  *value = kValues[attribute];
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 template <class Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 threads, void** arguments, size_t shared_bytes,
