@@ -44,6 +44,12 @@ __device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int l
   }
 }
 
+template <class T>
+__device__ __forceinline__ Folded load_folded(const Transform& t, int c) {
+  const Normalize n = load_normalize<T>(t, c);
+  return {n.scale, n.beta - n.mean * n.scale};
+}
+
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
   constexpr int V = lanes(K);
@@ -51,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
   T* x_tile = reinterpret_cast<T*>(shared);
   T* expand = reinterpret_cast<T*>(shared + p.expand_offset);
   T* e_tile = reinterpret_cast<T*>(shared + p.e_offset);
-  Normalize* norm1 = reinterpret_cast<Normalize*>(shared + p.norm_offset);
-  Normalize* norm2 = norm1 + p.group;
+  Folded* norm1 = reinterpret_cast<Folded*>(shared + p.norm_offset);
+  float* shift2 = reinterpret_cast<float*>(norm1 + p.group);
   float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
   float* column_sums = reinterpret_cast<float*>(shared + p.sum_offset);
   const int tid = threadIdx.x;
@@ -95,13 +101,15 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
     const int c0 = group * p.group;
     for (int i = tid; i < p.group; i += kThreads) {
       if (c0 + i >= p.hidden) break;
-      norm1[i] = load_normalize<T>(p.norm1, c0 + i);
-      norm2[i] = load_normalize<T>(p.norm2, c0 + i);
+      norm1[i] = load_folded<T>(p.norm1, c0 + i);
+      shift2[i] = load_folded<T>(p.norm2, c0 + i).shift;
     }
+    // The second norm's scale is in the weights.
     for (int i = tid; i < p.group * K * K; i += kThreads) {
       const int c = i / (K * K), tap = i % (K * K);
+      if (c0 + c >= p.hidden) break;
       const T* from = static_cast<const T*>(p.depthwise) + int64_t{c0} * (K * K) + i;
-      weights[tap * p.weight_pitch + c] = c0 + c < p.hidden ? to_float(load_global(from)) : 0.0f;
+      weights[tap * p.weight_pitch + c] = to_float(load_global(from)) * load_folded<T>(p.norm2, c0 + c).scale;
     }
     wait_for_copies();
     __syncthreads();
@@ -113,16 +121,17 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
       Product product;
       product.add(x_tile + row0 * p.pitch, p.pitch, expand + column0 * p.pitch, p.pitch, p.depth);
       constexpr int kValues = 2 * Product::kLaneColumns;
-      Normalize normalize[kValues];
+      Folded norm[kValues];
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) normalize[v] = norm1[column0 + product.column(v / 2) + v % 2];
+      for (int v = 0; v < kValues; ++v) norm[v] = norm1[column0 + product.column(v / 2) + v % 2];
 #pragma unroll
       for (int i = 0; i < Product::kLaneRows; ++i) {
         const int pixel = row0 + product.row(i);
         if (pixel >= pixels) break;
         float values[kValues];
 #pragma unroll
-        for (int v = 0; v < kValues; ++v) values[v] = normalize[v](product.pair(i, v / 2).at[v % 2]);
+        for (int v = 0; v < kValues; ++v)
+          values[v] = fmaf(product.pair(i, v / 2).at[v % 2], norm[v].scale, norm[v].shift);
         activate_all(values, p.norm1.activation);
         const int row = small_quotient(pixel, inside.width), column = pixel - row * inside.width;
         T* to = e_tile + ((inside.top + row) * columns + slot<S>(inside.left + column, odd_offset)) * p.e_pitch + column0;
@@ -150,9 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
 #pragma unroll
         for (int v = 0; v < V; ++v) weight[tap][v] = vec.at[v];
       }
-      Normalize normalize[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) normalize[v] = norm2[lane + v];
+      const auto shift = Vec<float, V>::load(shift2 + lane);
       const T* in = e_tile + (strip * kRows * S * columns + column) * p.e_pitch + lane;
       T* out = static_cast<T*>(p.d) + n * p.d_stride.n + c + int64_t{out_y} * p.d_stride.h +
                int64_t{out_x} * p.d_stride.w;
@@ -166,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
           [&](int row, float(&values)[V]) {
             if (row >= count) return;
 #pragma unroll
-            for (int v = 0; v < V; ++v) values[v] = normalize[v](values[v]);
+            for (int v = 0; v < V; ++v) values[v] += shift.at[v];
             activate_all(values, p.norm2.activation);
             Vec<T, V> vec;
 #pragma unroll

@@ -64,6 +64,11 @@ struct Params {
 
 using Plan = ReducingPlan<Instance, Params>;
 
+// A norm as scale * z + shift, of a sum z in float32: as exact as subtracting the mean from it.
+struct Folded {
+  float scale, shift;
+};
+
 struct Tile {
   int group, strips, tile_w, groups_each;
   int pitch, e_pitch, weight_pitch;
@@ -94,7 +99,7 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
   place(round_up(t.pixels, kUnitPixels) * pitch_bytes);
   t.expand_offset = place(group * pitch_bytes);
   t.e_offset = place(rows * columns * t.e_pitch * size);
-  t.norm_offset = place(2 * group * int64_t{sizeof(Normalize)});
+  t.norm_offset = place(2 * group * int64_t{sizeof(Folded)});
   t.weight_offset = place(k * k * t.weight_pitch * int64_t{sizeof(float)});
   t.sum_offset = place(q.reduce == Reduce::kNone ? 0 : strips * tile_w * group * int64_t{sizeof(float)});
   // Where tiles are few, several blocks share one.
