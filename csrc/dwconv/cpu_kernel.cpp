@@ -106,22 +106,17 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
     const int64_t top = row * p.stride - p.pad_top;
     const int ky_begin = static_cast<int>(min64(max64(-top, 0), k));
     const int ky_end = static_cast<int>(max64(min64(p.x.h - top, k), ky_begin));
-    for (int64_t in = max64(staged, top); in < top + ky_end; ++in)
-      transform_in(pixels(Block<In, C>{view.x + in * view.stride_h, 0, V * view.stride_c, view.stride_c,
+    for (int64_t in = max64(staged, top); in < top + ky_end; ++in) {
+      auto block = pixels(Block<In, C>{view.x + in * view.stride_h, 0, V * view.stride_c, view.stride_c,
                                        rings + in % k * size.row + left * V, 0, size.ring},
-                          view.stride_w, V, columns),
-                   prologue, nullptr);
+                          view.stride_w, V, columns);
+      block.in_ahead = vectors == 1 ? 0 : p.stride * view.stride_h;
+      transform_in(block, prologue, nullptr);
+    }
     staged = max64(staged, top + ky_end);
     int64_t offset[kMaxKernelSize];
     for (int ky = ky_begin; ky < ky_end; ++ky) offset[ky] = (top + ky) % k * size.row;
-    // The rows that the next output row adds: without this, their loads would wait for memory with nothing to compute.
-    // (A single vector comes from a tile in the cache.)
-    const int64_t ahead = vectors == 1 ? 0 : max64(min64(p.x.h - staged, p.stride), 0) * columns;
     for (int64_t v = 0; v < vectors; ++v) {
-      if (ahead)
-        for (int64_t i = ahead * v / vectors; i < ahead * (v + 1) / vectors; ++i)
-          for (int64_t c = 0; c < view.channels; c += kLineBytes / sizeof(In))
-            __builtin_prefetch(view.x + staged * view.stride_h + i * view.stride_w + c * view.stride_c, 0, 2);
       const C* window[kMaxKernelSize];
       for (int ky = ky_begin; ky < ky_end; ++ky) window[ky] = rings + v * size.ring + offset[ky];
       const C* weights = static_cast<const C*>(p.packed) + (u.c + v * V) * k * k;
@@ -130,7 +125,9 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
         sums[v].origin = first_value<Out>(p, lines + v * size.line, epilogue[v]);
     }
     Out* y = view.y + (row - u.row) * p.out_w * view.y_pixel;
-    transform_out(pixels(Block<C, Out>{lines, 0, size.line, 1, y, 0, V}, V, view.y_pixel, p.out_w), epilogue, sums);
+    auto block = pixels(Block<C, Out>{lines, 0, size.line, 1, y, 0, V}, V, view.y_pixel, p.out_w);
+    block.out_ahead = vectors == 1 ? 0 : p.out_w * view.y_pixel;
+    transform_out(block, epilogue, sums);
   }
   if (p.reduce == Reduce::kNone) return;
   for (int64_t c = 0; c < u.channels; ++c) {
