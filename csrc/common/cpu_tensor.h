@@ -12,6 +12,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "common/activation.h"
 #include "common/tensor.h"
 
@@ -35,13 +39,26 @@ void with_compute(Dtype dtype, F f) {
 
 inline size_t compute_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float); }
 
+// Asks for huge pages behind a large tensor: in fresh memory, faults of small pages can take longer than the kernel.
+inline void use_huge_pages(const Tensor& t) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + t.numel() * t.element_size()) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, const int64_t* strides,
                             ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
                                                          static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
                                                          &handle));
-  return Tensor(handle);
+  const Tensor t(handle);
+  use_huge_pages(t);
+  return t;
 }
 
 // An uninitialised map of the dtype and layout of x.
