@@ -13,9 +13,9 @@ from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
 from effkernels.ops._checks import autocast_dtype
+from effkernels.ops.bn_project import Stage, bn_project
 from effkernels.ops.conv_inference import Convolution, conv_bn_act, pack_convolution
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
-from effkernels.ops.mbconv import Stage
 from effkernels.ops.mbconv.op import MBCONV
 from effkernels.ops.mbconv_inference import Gate, mbconv_inference, pack_block
 from effkernels.ops.mbconv_inference.op import MBCONV_INFERENCE
@@ -101,8 +101,11 @@ class FusedSE(Fused):
 
 def run_block(block: Block, x: Tensor) -> Tensor:
     inference = _is_inference(block.layers(), block.se, x)
-    if not inference and _is_mbconv(block) and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads):
+    trains = not inference and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads)
+    if trains and _is_mbconv(block):
         return _train_mbconv(block, x)
+    if trains and block.depthwise is None and block.project is not None:
+        return _train_fused_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
     if inference and _is_mbconv(block) and any(backends.takes(b, x) for b in MBCONV_INFERENCE.overloads):
         return _run_whole(block, x)
@@ -197,22 +200,53 @@ def _is_mbconv(block: Block) -> bool:
 
 
 def _train_mbconv(block: Block, x: Tensor) -> Tensor:
-    expand, depthwise, se, project, drop_path, shortcut = block
+    expand, depthwise, se, project = block[:4]
     assert depthwise is not None and project is not None
+
+    def branch(scale: Tensor | None, residual: bool) -> Tensor:
+        return mbconv(
+            x,
+            None if expand is None else _stage(expand),
+            _stage(depthwise),
+            None if se is None else _gate(se),
+            _stage(project),
+            **_window(depthwise),
+            scale=scale,
+            residual=residual,
+        )
+
+    return _with_shortcut(block, x, branch)
+
+
+def _train_fused_mbconv(block: Block, x: Tensor) -> Tensor:
+    """The dense convolution is the library's."""
+    expand, _, se, project = block[:4]
+    assert expand is not None and project is not None
+    e = expand.conv(x)
+
+    def branch(scale: Tensor | None, residual: bool) -> Tensor:
+        return bn_project(
+            e,
+            **_norm(expand.bn),
+            activation=expand.activation,
+            squeeze_excite=None if se is None else _gate(se),
+            project=_stage(project),
+            scale=scale,
+            residual=x if residual else None,
+        )
+
+    return _with_shortcut(block, x, branch)
+
+
+def _with_shortcut(block: Block, x: Tensor, branch: Callable[[Tensor | None, bool], Tensor]) -> Tensor:
+    """`branch(scale, residual)` with drop path and shortcut, inside it where that gives the same."""
+    drop_path, shortcut = block.drop_path, block.shortcut
     cast = autocast_dtype(x) not in (None, x.dtype)
     # Under autocast a shortcut may be wider than the branch; `shortcut` knows the dtype of their sum.
-    residual = shortcut is not None and not cast and parts.scales_images(drop_path)
-    y = mbconv(
-        x,
-        None if expand is None else _stage(expand),
-        _stage(depthwise),
-        None if se is None else _gate(se),
-        _stage(project),
-        **_window(depthwise),
-        scale=_image_factors(drop_path, x) if residual else None,
-        residual=residual,
-    )
-    return y if shortcut is None or residual else shortcut(drop_path(y), x)
+    if shortcut is not None and not cast and parts.scales_images(drop_path):
+        return branch(_image_factors(drop_path, x), True)
+    y = branch(None, False)
+    return y if shortcut is None else shortcut(drop_path(y), x)
 
 
 def _stage(layer: Layer) -> Stage:

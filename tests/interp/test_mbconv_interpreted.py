@@ -5,7 +5,8 @@ import torch
 
 from effkernels import use_backend
 from effkernels.ops._cases import assert_close_to_reference
-from effkernels.ops.mbconv import Gate, Stage, mbconv
+from effkernels.ops.bn_project import Stage
+from effkernels.ops.mbconv import Gate, mbconv
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SEEDS = 5

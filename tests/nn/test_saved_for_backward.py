@@ -7,6 +7,7 @@ import zoo
 from torch import nn
 
 import effkernels
+from effkernels.nn import FusedMBConv
 from effkernels.profiling.saved import saved_bytes
 
 
@@ -16,6 +17,13 @@ def test_each_storage_counts_once_and_parameters_do_not():
     assert sorted(kept) == [3 * 4 * 4, 3 * 8 * 4]  # the exponential and x
     with torch.no_grad():
         assert saved_bytes(layer, x) == []
+
+
+def test_fused_mbconv_keeps_raw_convolution_outputs():
+    block, x = FusedMBConv(16, 16, drop_path=0.5), torch.randn(4, 16, 12, 12, requires_grad=True)
+    kept = sum(saved_bytes(block, x, parameters=block.parameters()))
+    maps = (16 + 64 + 16) * 4 * 144 * 4
+    assert maps < kept < 1.02 * maps
 
 
 def test_the_blocks_of_b0_keep_a_third_of_what_eager_keeps():

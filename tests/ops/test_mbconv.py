@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from effkernels import backends, ops, use_backend
-from effkernels.ops.mbconv import Gate, Stage
+from effkernels.ops.bn_project import Stage
+from effkernels.ops.mbconv import Gate
 from effkernels.ops.mbconv.op import MBCONV
 from effkernels.profiling.saved import saved_bytes
 from effkernels.profiling.traffic import count_bytes

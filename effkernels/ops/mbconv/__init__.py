@@ -1,8 +1,5 @@
 """The MBConv block in training, in one op."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 from torch import Tensor
 
 from effkernels import backends
@@ -12,30 +9,12 @@ from effkernels.ops._geometry import resolve_padding
 from effkernels.ops.batch_norm import update_running_statistics
 from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.batch_norm.synchronised import group_name
+from effkernels.ops.bn_project import Stage, check_stage, matrices, stage_tensors
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
 from effkernels.ops.mbconv import op, reference
 from effkernels.ops.mbconv_inference import Gate
 
 _NAME = "mbconv"
-
-
-class Stage(NamedTuple):
-    """activation(bn(conv(x))): a convolution and the BatchNorm after it, as for `dwconv_bn_swish`.
-
-    Processes of a group share batch statistics; a bias before them gets a gradient of 0, its sum over the processes.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool
-    momentum: float
-    eps: float
-    activation: str
-    process_group: Any = None
 
 
 def mbconv(
@@ -90,9 +69,9 @@ def mbconv(
     pad_left, out_w = resolve_padding(_NAME, padding, x.shape[3], k, stride)
     window = (stride, pad_top, pad_left, out_h, out_w)
     if expand is not None:
-        _check("expand", expand, x, (hidden, channels, 1, 1), x.shape)
-    _check("depthwise", depthwise, x, (hidden if expand else channels, 1, k, k), (n, 1, out_h, out_w))
-    _check("project", project, x, (out, hidden, 1, 1), (n, 1, out_h, out_w))
+        check_stage(_NAME, "expand", expand, x, (hidden, channels, 1, 1), x.shape)
+    check_stage(_NAME, "depthwise", depthwise, x, (hidden if expand else channels, 1, k, k), (n, 1, out_h, out_w))
+    check_stage(_NAME, "project", project, x, (out, hidden, 1, 1), (n, 1, out_h, out_w))
     if depthwise.bias is not None or project.activation != "identity":
         raise ValueError(f"{_NAME}: depthwise must have no bias and project no activation")
     if residual and x.shape != (n, out, out_h, out_w):
@@ -107,15 +86,15 @@ def mbconv(
     acts = [ACTIVATIONS[stage.activation] if stage else 0 for stage in (expand, depthwise)]
     weights: tuple[Tensor | None, ...] = (None,) * 4
     if squeeze_excite is not None:
-        weights = tuple(t if t is None or t.dim() == 1 else t.flatten(1) for t in squeeze_excite[:4])
+        weights = matrices(squeeze_excite)
         acts += ACTIVATIONS[squeeze_excite.activation], GATES[squeeze_excite.gate]
     y, *_, stats1, stats2, stats3, _, _ = op.MBCONV(
         backend,
         x,
-        *((None,) * 6 if expand is None else _tensors(expand)),
-        *(t for i, t in enumerate(_tensors(depthwise)) if i != 1),  # has no bias
+        *((None,) * 6 if expand is None else stage_tensors(expand)),
+        *(t for i, t in enumerate(stage_tensors(depthwise)) if i != 1),  # has no bias
         *weights,
-        *_tensors(project),
+        *stage_tensors(project),
         None if scale is None else scale.to(statistics_dtype(x)),
         residual,
         groups,
@@ -128,20 +107,3 @@ def mbconv(
         if stage is not None and stage.training:
             update_running_statistics(stage.running_mean, stage.running_var, stats, count, stage.momentum)
     return y
-
-
-def _check(name: str, stage: Stage, x: Tensor, shape: tuple[int, ...], output: Sequence[int]) -> None:
-    _checks.shaped(_NAME, f"{name}.weight", stage.weight, shape, x)
-    _checks.same_dtype(_NAME, f"{name}.weight", stage.weight, "x", x)
-    _checks.shaped(_NAME, f"{name}.bias", stage.bias, shape[:1], x)
-    _checks.batch_norm(f"{_NAME}: {name}", x, shape[0], *stage[2:7])
-    _checks.code(_NAME, f"{name}.activation", stage.activation, ACTIVATIONS)
-    if stage.training and stage.process_group is None:
-        _checks.more_than_one_value(_NAME, output[0] * output[2] * output[3], [output[0], shape[0], *output[2:]])
-
-
-def _tensors(stage: Stage) -> tuple[Tensor | None, ...]:
-    """As the op takes them: known statistics or none, and a 1x1 weight as a matrix."""
-    weight = stage.weight.flatten(1) if stage.weight.shape[2:] == (1, 1) else stage.weight
-    fixed = (None, None) if stage.training else (stage.running_mean, stage.running_var)
-    return weight, stage.bias, stage.bn_weight, stage.bn_bias, *fixed

@@ -13,19 +13,11 @@ from torch._prims_common import suggest_memory_format
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.op import (
-    BN_APPLY,
-    BN_BACKWARD_SUMS,
-    BN_POOL,
-    BN_RESIDUAL,
-    BN_STATISTICS,
-    Reduce,
-    statistics_dtype,
-)
-from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
+from effkernels.ops.batch_norm.op import BN_APPLY, BN_STATISTICS, Reduce, statistics_dtype
+from effkernels.ops.batch_norm.synchronised import means_of_all
+from effkernels.ops.bn_project.op import count, given, of_norm, project, project_backward, reduction, settled
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
-from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
 
 
 def _forward(
@@ -48,60 +40,20 @@ def _forward(
     prologue: tuple[Any, ...] = NO_NORM
     if w1 is None:
         e, stats1 = x.new_empty(0), x.new_empty(0, dtype=wide)
-        d, stats2 = DWCONV(backend, x, w2, *NO_NORM, *NO_NORM, stride, *rest, _statistics(mean2))
+        d, stats2 = DWCONV(backend, x, w2, *NO_NORM, *NO_NORM, stride, *rest, reduction(mean2))
     else:
-        e, stats1 = POINTWISE(backend, x, w1, *NO_NORM, None, _wide(bias1, wide), None, _statistics(mean1))
-        stats1 = _settled(stats1, mean1, var1, e, group1)
+        bias1 = None if bias1 is None else bias1.to(wide)
+        e, stats1 = POINTWISE(backend, x, w1, *NO_NORM, None, bias1, None, reduction(mean1))
+        stats1 = settled(stats1, mean1, var1, e, group1)
         prologue = (stats1[0], stats1[1], gamma1, beta1, eps1, act1)
-        d, stats2 = DWCONV(backend, e, w2, *prologue, *NO_NORM, stride, *rest, _statistics(mean2))
-    stats2 = _settled(stats2, mean2, var2, d, group2)
+        d, stats2 = DWCONV(backend, e, w2, *prologue, *NO_NORM, stride, *rest, reduction(mean2))
+    stats2 = settled(stats2, mean2, var2, d, group2)
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
-    if v1 is None:
-        pooled, gate = x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
-    else:
-        assert v2 is not None
-        pooled = BN_POOL(backend, d, *norm2, True)
-        gate = SE_GATE(backend, pooled[0], v1, c1, v2, c2, se_act, gate_act)
-    p, stats3 = POINTWISE(
-        backend, d, w3, *norm2, _given(gate), _wide(bias3, wide), None, _statistics(mean3)
+    y, p, stats3, pooled, gate = project(
+        backend, d, norm2, v1, c1, v2, c2, se_act, gate_act, w3, bias3, gamma3, beta3, mean3, var3, eps3, group3,
+        scale, x if residual else None,
     )  # fmt: skip
-    stats3 = _settled(stats3, mean3, var3, p, group3)
-    norm3 = (stats3[0], stats3[1], gamma3, beta3, eps3)
-    if scale is None and not residual:
-        y = BN_APPLY(backend, p, *norm3, 0, Reduce.NONE)[0]
-    else:
-        y = BN_RESIDUAL(backend, p, *norm3, _per_channel(scale, p), x if residual else None)
     return y, e, d, p, stats1, stats2, stats3, pooled, gate
-
-
-def _statistics(mean: Tensor | None) -> Reduce:
-    return Reduce.STATISTICS if mean is None else Reduce.NONE
-
-
-def _settled(stats: Tensor, mean: Tensor | None, var: Tensor | None, y: Tensor, group: str) -> Tensor:
-    """The fixed statistics if there are any, else those of the batch `y`, and of those of the other processes."""
-    if mean is None:
-        return statistics_of_all(stats, _count(y), group)
-    assert var is not None
-    return torch.stack([mean, var]).to(stats.dtype)
-
-
-def _count(x: Tensor) -> int:
-    """Of values per channel."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-def _given(t: Tensor) -> Tensor | None:
-    return t if t.numel() else None
-
-
-def _wide(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype)
-
-
-def _per_channel(scale: Tensor | None, like: Tensor) -> Tensor | None:
-    """[N] -> [N, C]"""
-    return None if scale is None else scale[:, None].expand(like.shape[:2]).contiguous()
 
 
 def _fake(
@@ -172,48 +124,24 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     act1, act2, se_act, gate_act = ctx.acts
     fixed1, fixed2, fixed3 = ctx.fixed
     group1, group2, group3 = ctx.groups
-    grads: dict[str, Tensor | None] = {}
 
-    # What each phase is needed for.
     for_e = need & {"x", "w1", "bias1", "gamma1", "beta1"}
     for_conv = for_e or need & {"w2"}
-    for_d = for_conv or need & {"gamma2", "beta2", "v1", "c1", "v2", "c2"}
-    for_p = for_d or need & {"w3"}
-
     grad = grad.contiguous(memory_format=suggest_memory_format(p))
-    scale = _per_channel(scale, p)
-    norm3 = (stats3[0], stats3[1], gamma3, beta3, eps3)
-    means3 = None
-    if (for_p and not fixed3) or need & {"bias3", "gamma3", "beta3"}:
-        sums = BN_BACKWARD_SUMS(backend, grad, scale, None, p, *norm3, 0)
-        means3 = None if fixed3 else means_of_all(sums, stats3, _count(p), group3)
-        grads |= _of_norm("3", sums, fixed3, stats3, gamma3, eps3)
-    if not for_p:
-        return grads | {"x": grad}
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
-    gate = _given(gate)
-    G, sums, grads["w3"] = POINTWISE_BACKWARD(
-        backend, grad, scale, p, stats3[0], stats3[1], gamma3, eps3, means3, w3, d, *norm2, gate,
-        bool(for_d), "w3" in need,
+    gate = given(gate)
+    grads, rest = project_backward(
+        backend, need, bool(for_conv), grad, d, norm2, p, stats3, fixed3, group3, pooled, gate, v1, c1, v2, c2,
+        se_act, gate_act, w3, gamma3, beta3, eps3, scale,
     )  # fmt: skip
-    if not for_d:
+    if rest is None:
         return grads
-
-    # BatchNorm's sums of dz2 = (G * gate + shift) * act2'(bn2(d)) from those of its factors per image.
-    of_gate, of_slope, of_xhat = sums
-    shift = None
-    if gate is not None:
-        shift, *of_weights = gate_backward(of_gate, pooled[0], v1, c1, v2, c2, se_act, gate_act)
-        grads |= zip(("v1", "c1", "v2", "c2"), of_weights, strict=True)
-        shift = shift / (d.shape[2] * d.shape[3])
-        of_slope = gate * of_slope + shift * pooled[1]
-        of_xhat = gate * of_xhat + shift * pooled[2]
-    sums = torch.stack([of_slope.sum(0), of_xhat.sum(0)])
-    means2 = None if fixed2 else means_of_all(sums, stats2, _count(d), group2)
-    grads |= _of_norm("2", sums, fixed2, stats2, gamma2, eps2)
+    G, shift, sums = rest
+    grads |= of_norm("2", sums, fixed2, stats2, gamma2, eps2)
     if not for_conv:
         return grads
 
+    means2 = None if fixed2 else means_of_all(sums, stats2, count(d), group2)
     source, prologue = (x, NO_NORM) if w1 is None else (e, (stats1[0], stats1[1], gamma1, beta1, eps1, act1))
     stride, top, left, _, _ = ctx.window
     dz1, grads["w2"], sums = DWCONV_BACKWARD(
@@ -223,26 +151,14 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     if w1 is None:
         grads["x"] = dz1 + grad if ctx.residual else dz1
     elif for_e:
-        grads |= _of_norm("1", sums, fixed1, stats1, gamma1, eps1)
+        grads |= of_norm("1", sums, fixed1, stats1, gamma1, eps1)
         if not need & {"x", "w1"}:
             return grads
-        means1 = None if fixed1 else means_of_all(sums, stats1, _count(x), group1)
+        means1 = None if fixed1 else means_of_all(sums, stats1, count(x), group1)
         grads |= _expand_backward(
             backend, dz1, sums, x, w1, bias1, stats1, gamma1, eps1, means1, group1, grad if ctx.residual else None, need
         )
     return grads
-
-
-def _of_norm(
-    number: str, sums: Tensor, fixed: bool, stats: Tensor, gamma: Tensor | None, eps: float
-) -> dict[str, Tensor | None]:
-    """Of a BatchNorm's parameters, and of the bias of the convolution before it, which batch statistics cancel."""
-    factor = (stats[1] + eps).rsqrt() if gamma is None else (stats[1] + eps).rsqrt() * gamma
-    return {
-        f"gamma{number}": sums[1],
-        f"beta{number}": sums[0],
-        f"bias{number}": sums[0] * factor if fixed else torch.zeros_like(sums[0]),
-    }
 
 
 def _expand_backward(
@@ -275,7 +191,7 @@ def _expand_backward(
             centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
             product = product - slope @ _outer(centred, centred)
         if group:
-            product = product + torch.outer(sums[0] - _count(x) * level, mean)
+            product = product + torch.outer(sums[0] - count(x) * level, mean)
         grads["w1"] = a * product
     if "x" in need:
         if residual is not None:
