@@ -23,6 +23,8 @@ HARDSIGMOID = tl.constexpr(Activation.HARDSIGMOID.value)
 MEAN = tl.constexpr(Reduce.MEAN.value)
 STATISTICS = tl.constexpr(Reduce.STATISTICS.value)
 
+# Registers of a thread where every one may be needed: left to itself, ptxas spills a few to make room for more threads.
+REGISTERS = 255
 WARPS = 8192  # the most that a current GPU runs at a time: a reduction's programs take more pixels beyond that
 
 

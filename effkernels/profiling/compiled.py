@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -147,7 +148,7 @@ def triton_units(arch: str) -> Iterator[Unit]:
 
 def _triton(target: GPUTarget, launch: dict[str, Any]) -> tuple[bytes, int]:
     source = ASTSource(launch["fn"], launch["signature"], launch["constants"], launch["attrs"])
-    compiled = triton.compile(source, target=target, options={"num_warps": launch["num_warps"]})
+    compiled = triton.compile(source, target=target, options=launch["options"])
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
@@ -172,8 +173,10 @@ def triton_launches() -> dict[tuple[str, str], dict[str, Any]]:
     launches: dict[tuple[str, str], dict[str, Any]] = {}
 
     def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        launch = {name: compile[name] for name in ("signature", "constants", "num_warps")}
+        options = json.loads(compile["specialization_data"])["options"]
+        launch = {name: compile[name] for name in ("signature", "constants")}
         launch |= {"fn": fn.jit_function, "attrs": compile["configs"][0]}
+        launch["options"] = {name: options[name] for name in ("num_warps", "maxnreg")}
         launches.setdefault((fn.name, _instance(launch)), launch)
         return True  # neither compile nor launch
 
@@ -195,7 +198,7 @@ LETTERS = {"*fp32": "f", "*fp16": "h", "*bf16": "b", "i32": "i", "i64": "l", "fp
 
 
 def _instance(launch: dict[str, Any]) -> str:
-    """The types of a kernel's arguments, a letter each, its constants, and its warps.
+    """The types of a kernel's arguments, a letter each, its constants, its warps, and its registers if it limits them.
 
     f, h, b: a pointer to float32, float16, bfloat16; i, l: an integer; s: a float; in capitals where Triton may assume
     a multiple of 16; - where there is no argument, 1 where it is always 1.
@@ -209,7 +212,8 @@ def _instance(launch: dict[str, Any]) -> str:
             constants.append(f"{name}={value}")
         else:
             types += "-" if value is None else str(value)
-    return " ".join([types, *constants, f"warps={launch['num_warps']}"])
+    options = [f"{name}={value}" for name, value in launch["options"].items() if value]
+    return " ".join([types, *constants, *options])
 
 
 class _NoGPU:

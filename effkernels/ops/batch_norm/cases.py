@@ -197,9 +197,9 @@ def _cases() -> Iterator[Case]:
     for m in CORE_MAPS:
         yield BnStatistics(tag="core", **m)
         yield BnApply(tag="core", reduce=Reduce.MEAN, **m)
-        yield BnPool(slopes=True, **m)
-        yield BnResidual(scale=True, **m)
-        yield BnBackwardSums(scaled=True, **m)
+        yield BnPool(tag="core", slopes=True, **m)
+        yield BnResidual(tag="core", scale=True, **m)
+        yield BnBackwardSums(tag="core", scaled=True, **m)
     for layout in ("nchw", "channels_last"):
         yield BnStatistics(tag="core", shape=(3, 5, 13, 15), layout=layout, values="offset")
         yield BnApply(tag="core", shape=(1, 17, 3, 4), layout=layout, strided_vectors=True)

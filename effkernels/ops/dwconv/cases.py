@@ -185,6 +185,14 @@ def _cases() -> Iterator[Case]:
     windows = [*itertools.product(KERNEL_SIZES, STRIDES)]
     for core in CORE:
         yield Dwconv(tag="core", **core)
+    # One tile that hangs over, and an empty batch.
+    for i, ((k, stride), layout) in enumerate(itertools.product(windows, ("nchw", "channels_last"))):
+        yield DwconvBackward(
+            tag="core", shape=(2, 5, 6, 7), layout=layout, dtype=DTYPES[i % 3], kernel_size=k, stride=stride,
+            padding="same", prologue=SILU, scaled=True,
+        )  # fmt: skip
+    yield DwconvBackward(tag="core", shape=(1, 17, 9, 3), layout="sliced channels_last", fixed=True)
+    yield DwconvBackward(tag="core", shape=(0, 3, 6, 7), prologue=SILU)
     for (k, stride), layout in itertools.product(windows, ("nchw", "channels_last")):
         for shape, needs, padding in (
             ((2, 24, 16, 19), (True, True), "auto"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._triton import (
+    REGISTERS,
     activate_with_slope,
     affine,
     block,
@@ -144,7 +145,7 @@ def dwconv(
             *dense(mean1, var1, gamma1, beta1), eps1, *dense(mean2, var2, gamma2, beta2), eps2,
             channels, height, width, out_h, out_w, pad_top, pad_left, bands, band_rows, 1 / (out_h * out_w),
             *x.stride(), *y.stride(),
-            K=k, STRIDE=stride, ACT1=act1, ACT2=act2, REDUCE=reduce, **shape,
+            K=k, STRIDE=stride, ACT1=act1, ACT2=act2, REDUCE=reduce, maxnreg=REGISTERS, **shape,
         )  # fmt: skip
     return y, finish(parts, batch, reduce)
 
@@ -216,44 +217,40 @@ def dwconv_backward_kernel(
         x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c + col.to(tl.int64) * x_stride_w
         if out_ptr is not None:
             out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c + col.to(tl.int64) * out_stride_w
-        grads = ()
-        for i in tl.static_range(REACH):
-            grads = grads + load_grads(
-                grad_ptrs, y_ptrs, scale, shift, norm2, drift, first - REACH + i, out_h, out_col, out_w, mask_c,
-                grad_stride_h, grad_stride_w, y_stride_h, y_stride_w, LOADED, ACT2,
-            )  # fmt: skip
-        for step in range(first, first + band_steps):
+        grads = sums_start(zeros, REACH * LOADED)
+        for step in range(first - REACH, first + band_steps):
             grads = grads + load_grads(
                 grad_ptrs, y_ptrs, scale, shift, norm2, drift, step, out_h, out_col, out_w, mask_c,
                 grad_stride_h, grad_stride_w, y_stride_h, y_stride_w, LOADED, ACT2,
             )  # fmt: skip
-            for r in tl.static_range(STRIDE):
-                row = step * STRIDE + r - pad_top
-                for j in tl.static_range(COLUMNS):
-                    mask = (row >= 0) & (row < height) & (col >= -j) & (col < width - j) & mask_c
-                    x_offset = tl.cast(row, tl.int64) * x_stride_h + j * x_stride_w
-                    centred = centre(tl.load(x_ptrs + x_offset, mask, 0.0).to(tl.float32), norm1)
-                    h, slope = activate_with_slope(affine(centred, norm1), ACT1)
-                    h = tl.where(mask, h, 0.0)
-                    out = zeros
-                    added = ()
-                    for ky in tl.static_range(K):
-                        for kx in tl.static_range(K):
-                            if ky % STRIDE == r and kx % STRIDE == j % STRIDE:
-                                # Of the output whose tap (ky, kx) is this input.
-                                dy = grads[(REACH - ky // STRIDE) * LOADED + REACH + j // STRIDE - kx // STRIDE]
-                                out += dy * weights[ky * K + kx]
-                                if weights_ptr is not None:
-                                    added = added + (grad_weights[ky * K + kx] + dy * h,)
-                            elif weights_ptr is not None:
-                                added = added + (grad_weights[ky * K + kx],)
-                    grad_weights = added
-                    if out_ptr is not None:
-                        out = (out * slope).to(x_ptr.dtype.element_ty)
-                        out_offset = tl.cast(row, tl.int64) * out_stride_h + j * out_stride_w
-                        tl.store(out_ptrs + out_offset, out, mask)
-                        dz = out.to(tl.float32)
-                        sums = sums_add(sums, (dz, dz * centred), mask)
+            if step >= first:
+                for r in tl.static_range(STRIDE):
+                    row = step * STRIDE + r - pad_top
+                    for j in tl.static_range(COLUMNS):
+                        mask = (row >= 0) & (row < height) & (col >= -j) & (col < width - j) & mask_c
+                        x_offset = tl.cast(row, tl.int64) * x_stride_h + j * x_stride_w
+                        centred = centre(tl.load(x_ptrs + x_offset, mask, 0.0).to(tl.float32), norm1)
+                        h, slope = activate_with_slope(affine(centred, norm1), ACT1)
+                        h = tl.where(mask, h, 0.0)
+                        out = zeros
+                        added = ()
+                        for ky in tl.static_range(K):
+                            for kx in tl.static_range(K):
+                                if ky % STRIDE == r and kx % STRIDE == j % STRIDE:
+                                    # Of the output whose tap (ky, kx) is this input.
+                                    dy = grads[(REACH - ky // STRIDE) * LOADED + REACH + j // STRIDE - kx // STRIDE]
+                                    out += dy * weights[ky * K + kx]
+                                    if weights_ptr is not None:
+                                        added = added + (grad_weights[ky * K + kx] + dy * h,)
+                                elif weights_ptr is not None:
+                                    added = added + (grad_weights[ky * K + kx],)
+                        grad_weights = added
+                        if out_ptr is not None:
+                            out = (out * slope).to(x_ptr.dtype.element_ty)
+                            out_offset = tl.cast(row, tl.int64) * out_stride_h + j * out_stride_w
+                            tl.store(out_ptrs + out_offset, out, mask)
+                            dz = out.to(tl.float32)
+                            sums = sums_add(sums, (dz, dz * centred), mask)
             grads = grads[LOADED:]
 
     for tap in tl.static_range(len(grad_weights)):
@@ -309,7 +306,7 @@ def dwconv_backward(
             images, bands, band_steps, blocks_w, first_row, first_col, parts,
             *grad.stride(), *y.stride(), *x.stride(), *strides(out),
             K=k, STRIDE=stride, ACT1=act1, ACT2=act2,
-            COLUMNS=columns, BLOCK_W=block_w, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=warps,
+            COLUMNS=columns, BLOCK_W=block_w, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
     return (
         x.new_empty(0) if out is None else out,

@@ -1,6 +1,5 @@
 """Cases of `pointwise` and `pointwise_backward`."""
 
-import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,8 +90,21 @@ class PointwiseBackward(Case):
             yield Comparison("sums", outputs[1], *sums)
 
 
+f32, f16, bf16 = DTYPES
+
+# Single tiles, and blocks of channels, outputs and pixels of which the last is not whole.
 CORE: list[dict[str, Any]] = [
     dict(shape=(3, 2, 1, 1), outputs=3),
+    dict(shape=(2, 17, 5, 7), outputs=19, dtype=f16),
+    dict(shape=(2, 17, 5, 7), outputs=19, layout="channels_last", dtype=bf16),
+    dict(shape=(1, 72, 3, 8), outputs=40, dtype=bf16),
+    dict(shape=(1, 72, 3, 8), outputs=40, layout="channels_last", dtype=f16),
+    dict(shape=(1, 40, 3, 7), outputs=24, layout="channels_last"),
+    dict(shape=(2, 24, 3, 4), layout="sliced nchw"),
+    dict(shape=(2, 24, 3, 4), layout="sliced channels_last", dtype=f16),
+    dict(shape=(0, 3, 6, 7)),
+]
+MAPS: list[dict[str, Any]] = [
     dict(shape=(2, 17, 7, 7), outputs=129),
     dict(shape=(2, 129, 13, 15), outputs=17, layout="channels_last"),
     dict(shape=(1, 96, 30, 32), outputs=24, layout="channels_last"),
@@ -105,10 +117,10 @@ CORE: list[dict[str, Any]] = [
 
 def _cases() -> Iterator[Case]:
     numbers = random.Random(0)
-    for core, dtype in itertools.product(CORE, DTYPES):
-        yield Pointwise(dtype=dtype, reduce=Reduce.STATISTICS, **core)
-        yield Pointwise(dtype=dtype, norm=SILU, gated=True, bias=True, residual=True, reduce=Reduce.MEAN, **core)
-        yield PointwiseBackward(dtype=dtype, scaled=True, gated=True, **core)
+    for m in (*(dict(tag="core", **core) for core in CORE), *(dict(m, dtype=d) for m in MAPS for d in DTYPES)):
+        yield Pointwise(reduce=Reduce.STATISTICS, **m)
+        yield Pointwise(norm=SILU, gated=True, bias=True, residual=True, reduce=Reduce.MEAN, **m)
+        yield PointwiseBackward(scaled=True, gated=True, **m)
     for needs in ((True, False), (False, True)):
         yield PointwiseBackward(shape=(2, 17, 7, 9), gated=True, needs=needs)
     for layout in ("nchw", "channels_last"):

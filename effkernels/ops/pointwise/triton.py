@@ -7,6 +7,7 @@ from torch import Tensor
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._triton import (
+    REGISTERS,
     activate_with_slope,
     affine,
     centre,
@@ -141,111 +142,92 @@ def load_grad(
 
 
 @triton.jit
+def turned(tile, PIXEL_AXIS: tl.constexpr):
+    """Between the layout of the map's tiles and [channels, pixels], that of the products."""
+    return tl.trans(tile) if PIXEL_AXIS == 0 else tile
+
+
+@triton.jit
 def pointwise_backward_kernel(
     grad_ptr, scale_ptr, y_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, w_ptr,
     x_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, gate_ptr, out_ptr, sums_ptr, weights_ptr,
     batch, channels, outputs, area, width, images, splits, steps,
     grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, out_stride_n, out_stride_c, out_stride_h, out_stride_w,
-    ACT: tl.constexpr, WEIGHT_BLOCKS: tl.constexpr, ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of `images` images, or of a split of one, BLOCK_P pixels at a time.
 
-    With weights_ptr, the weight gradient of WEIGHT_BLOCKS blocks of outputs is added up in registers: all blocks where
-    there is an out_ptr. Without, the outputs are walked through.
+    With weights_ptr, the weight gradient of BLOCK_O outputs is added up in registers: of all outputs where there is an
+    out_ptr. Without, the outputs are walked through. The rows of both products are channels: where products share
+    an operand, Triton divides only their rows among the warps.
     """
     offs_c, part = channel_block(channels, 8, BLOCK_C, PIXEL_AXIS)
     mask_c = offs_c < channels
-    first_o = tl.program_id(1) * WEIGHT_BLOCKS * BLOCK_O
+    first_o = tl.program_id(1) * BLOCK_O
     first_n = part // splits * images
     first = part % splits * steps
     norm = load_norm(mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, offs_c, mask_c)
-    inverse_deviation = load_inverse_deviation(var1_ptr, eps1, offs_c, mask_c)
-    w_shape: tl.constexpr = (BLOCK_O, BLOCK_C) if PIXEL_AXIS == 0 else (BLOCK_C, BLOCK_O)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    grad_weights = ()
-    if weights_ptr is not None:
-        for _ in tl.static_range(WEIGHT_BLOCKS):
-            grad_weights = grad_weights + (tl.zeros(w_shape, tl.float32),)
+    grad_weight = tl.zeros((BLOCK_C, BLOCK_O), tl.float32)
 
     for image in range(first_n, tl.minimum(first_n + images, batch)):
         n = tl.cast(image, tl.int64)
         gate = load_per_image(gate_ptr, n, channels, offs_c, mask_c)
-        of_h = tl.zeros_like(inverse_deviation)
+        of_h = tl.zeros_like(norm[0])
         of_slope = of_h
-        of_xhat = of_h
+        of_centred = of_h
         # Prefetching the next tiles too would spill registers.
         for step in tl.range(first, first + steps, num_stages=1):
             pixels = tl.expand_dims(step * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
             mask_p = pixels < area
             mask = mask_p & mask_c
-            x_offsets = pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW)
-            x = tl.load(x_ptr + n * x_stride_n + offs_c * x_stride_c + x_offsets, mask, 0.0).to(tl.float32)
-            centred = centre(x, norm)
-            h, slope = activate_with_slope(affine(centred, norm), ACT)
-            gated = scale_shift(h, gate, ()).to(dtype)
-            grad_offsets = pixel_offsets(pixels, width, grad_stride_h, grad_stride_w, ONE_ROW)
-            grad_ptrs = grad_ptr + n * grad_stride_n + grad_offsets
+            x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c
+            x_ptrs += pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW)
+            grad_ptrs = grad_ptr + n * grad_stride_n
+            grad_ptrs += pixel_offsets(pixels, width, grad_stride_h, grad_stride_w, ONE_ROW)
             y_ptrs = y_ptr + n * y_stride_n + pixel_offsets(pixels, width, y_stride_h, y_stride_w, ONE_ROW)
-            out = tl.zeros(x.shape, tl.float32)
-            if weights_ptr is None:
-                for start in range(0, outputs, BLOCK_O):
-                    block = start + tl.arange(0, BLOCK_O)
-                    dy = load_grad(
-                        grad_ptrs, y_ptrs, scale_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, n, outputs,
-                        tl.expand_dims(block, PIXEL_AXIS), mask_p, grad_stride_c, y_stride_c, dtype,
-                    )  # fmt: skip
-                    out = input_product(dy, out, w_ptr, block, outputs, offs_c, channels, PIXEL_AXIS, PRECISION)
-            else:
-                added = ()
-                for i in tl.static_range(WEIGHT_BLOCKS):
-                    block = first_o + i * BLOCK_O + tl.arange(0, BLOCK_O)
-                    dy = load_grad(
-                        grad_ptrs, y_ptrs, scale_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, n, outputs,
-                        tl.expand_dims(block, PIXEL_AXIS), mask_p, grad_stride_c, y_stride_c, dtype,
-                    )  # fmt: skip
-                    if PIXEL_AXIS == 0:
-                        grad_weight = tl.dot(tl.trans(dy), gated, grad_weights[i], input_precision=PRECISION)
-                    else:
-                        grad_weight = tl.dot(gated, tl.trans(dy), grad_weights[i], input_precision=PRECISION)
-                    added = added + (grad_weight,)
-                    if out_ptr is not None:
-                        out = input_product(dy, out, w_ptr, block, outputs, offs_c, channels, PIXEL_AXIS, PRECISION)
-                grad_weights = added
+            out = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+            for start in range(first_o, first_o + BLOCK_O if weights_ptr is not None else outputs, BLOCK_O):
+                block = start + tl.arange(0, BLOCK_O)
+                dy = load_grad(
+                    grad_ptrs, y_ptrs, scale_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, n, outputs,
+                    tl.expand_dims(block, PIXEL_AXIS), mask_p, grad_stride_c, y_stride_c, dtype,
+                )  # fmt: skip
+                if weights_ptr is not None:
+                    h = norm_act(tl.load(x_ptrs, mask, 0.0).to(tl.float32), norm, ACT)
+                    gated = turned(scale_shift(h, gate, ()).to(dtype), PIXEL_AXIS)
+                    across = turned(dy, 1 - PIXEL_AXIS)
+                    grad_weight = tl.dot(gated, across, grad_weight, input_precision=PRECISION)
+                if out_ptr is not None:
+                    offs_o = tl.expand_dims(block, 1 - PIXEL_AXIS)
+                    w = tl.load(w_ptr + offs_o * channels + offs_c, (offs_o < outputs) & mask_c, 0.0)
+                    out = tl.dot(turned(w, PIXEL_AXIS), turned(dy, PIXEL_AXIS), out, input_precision=PRECISION)
             if out_ptr is not None:
-                stored = out.to(dtype)
-                out_offsets = pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
-                tl.store(out_ptr + n * out_stride_n + offs_c * out_stride_c + out_offsets, stored, mask)
-                out = tl.where(mask, stored.to(tl.float32), 0.0)
-                of_h += sum_of_products(out, h, PIXEL_AXIS)
-                of_slope += sum_of_products(out, slope, PIXEL_AXIS)
-                of_xhat += sum_of_products(out * slope, centred, PIXEL_AXIS) * inverse_deviation
+                stored = turned(out.to(dtype), PIXEL_AXIS)
+                out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c
+                out_ptrs += pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
+                tl.store(out_ptrs, stored, mask)
+                grad = tl.where(mask, stored.to(tl.float32), 0.0)
+                # x comes from the cache: kept during the products, it would spill.
+                centred = centre(tl.load(x_ptrs, mask, 0.0).to(tl.float32), norm)
+                h, slope = activate_with_slope(affine(centred, norm), ACT)
+                of_h += sum_of_products(grad, h, PIXEL_AXIS)
+                of_slope += sum_of_products(grad, slope, PIXEL_AXIS)
+                of_centred += sum_of_products(grad * slope, centred, PIXEL_AXIS)
         if out_ptr is not None:
             ptrs = sums_ptr + (n * splits + part % splits) * channels + offs_c
             sums_stride = tl.cast(batch, tl.int64) * splits * channels
             tl.store(ptrs, of_h, mask_c)
             tl.store(ptrs + sums_stride, of_slope, mask_c)
+            of_xhat = of_centred * load_inverse_deviation(var1_ptr, eps1, offs_c, mask_c)
             tl.store(ptrs + 2 * sums_stride, of_xhat, mask_c)
 
-    for i in tl.static_range(len(grad_weights)):
-        offs_o = tl.expand_dims(first_o + i * BLOCK_O + tl.arange(0, BLOCK_O), 1 - PIXEL_AXIS)
+    if weights_ptr is not None:
+        offs_o = tl.expand_dims(first_o + tl.arange(0, BLOCK_O), 1 - PIXEL_AXIS)
         ptrs = weights_ptr + part.to(tl.int64) * outputs * channels + offs_o * channels + offs_c
-        tl.store(ptrs, grad_weights[i], (offs_o < outputs) & mask_c)
-
-
-@triton.jit
-def input_product(
-    dy, out, w_ptr, block, outputs, offs_c, channels, PIXEL_AXIS: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Add the part of weight^T dy that the outputs `block` make."""
-    offs_o = tl.expand_dims(block, 1 - PIXEL_AXIS)
-    w = tl.load(w_ptr + offs_o * channels + offs_c, (offs_o < outputs) & (offs_c < channels), 0.0)
-    if PIXEL_AXIS == 0:
-        out = tl.dot(dy, w, out, input_precision=PRECISION)
-    else:
-        out = tl.dot(w, dy, out, input_precision=PRECISION)
-    return out
+        tl.store(ptrs, turned(grad_weight, PIXEL_AXIS), (offs_o < outputs) & mask_c)
 
 
 def pointwise_backward(
@@ -256,12 +238,11 @@ def pointwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     area = height * width
-    wide = x.dtype == torch.float32
-    limits = (16, 32, 16) if wide else (32, 32, 32)
-    block_p, block_c, block_o = map(tile_size, (area, channels, outputs), limits)
-    blocks_c, blocks_o, tiles = (
-        triton.cdiv(channels, block_c), triton.cdiv(outputs, block_o), triton.cdiv(area, block_p)
-    )  # fmt: skip
+    # Both gradients in one launch where that of the weights fits the registers; otherwise x and dy are read twice.
+    fused = need_input and need_weight and outputs <= 32
+    block_p = tile_size(area, 16)
+    block_c = tile_size(channels, 32 if fused or x.dtype == torch.float32 else 64)
+    blocks_c, tiles = triton.cdiv(channels, block_c), triton.cdiv(area, block_p)
     # Programs that each keep a weight gradient are few; of the others each takes one tile.
     wanted = triton.cdiv(PROGRAMS, blocks_c) if need_weight else batch * tiles
     images = triton.cdiv(batch, wanted)
@@ -272,28 +253,25 @@ def pointwise_backward(
     sums = x.new_empty((3, batch * splits, channels) if need_input else (0,), dtype=torch.float32)
     weights = x.new_empty((groups * splits, outputs, channels), dtype=torch.float32) if need_weight else None
 
-    def launch(out: Tensor | None, weights: Tensor | None, weight_blocks: int) -> None:
-        rounds = triton.cdiv(blocks_o, weight_blocks) if weight_blocks else 1
+    def launch(out: Tensor | None, weights: Tensor | None, block_o: int) -> None:
+        rounds = 1 if weights is None else triton.cdiv(outputs, block_o)
         pointwise_backward_kernel[(groups * splits * blocks_c, rounds)](
             grad, *dense(scale), y, *dense(mean2, var2, gamma2), eps2, *dense(grad_means, weight),
             x, *dense(mean1, var1, gamma1, beta1), eps1, *dense(gate), out, sums, weights,
             batch, channels, outputs, area, width, images, splits, steps,
             *grad.stride(), *y.stride(), *x.stride(), *strides(out),
-            ACT=act1, WEIGHT_BLOCKS=weight_blocks, ONE_ROW=all(map(is_one_row, (grad, y, x))),
-            PRECISION=precision(), BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=block_c, PIXEL_AXIS=pixel_axis(x),
-            num_warps=4 if wide and weights is None else 8,
+            ACT=act1, ONE_ROW=all(map(is_one_row, (grad, y, x))), PRECISION=precision(),
+            BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=block_c, PIXEL_AXIS=pixel_axis(x),
+            num_warps=8, maxnreg=REGISTERS,
         )  # fmt: skip
 
-    if batch:
-        most = 2 if wide else 3  # blocks of outputs whose weight gradients fit registers
-        if need_weight and blocks_o <= most:
-            launch(out, weights, blocks_o)
-        else:
-            # Where the weight gradient does not fit, x and dy are read twice.
-            if need_input:
-                launch(out, None, 0)
-            if need_weight:
-                launch(None, weights, most)
+    if batch and fused:
+        launch(out, weights, tile_size(outputs, 32))
+    elif batch:
+        if need_input:
+            launch(out, None, tile_size(outputs, 32))
+        if need_weight:
+            launch(None, weights, tile_size(outputs, 64))
     return (
         x.new_empty(0) if out is None else out,
         sums_per_image(sums, batch) if need_input else sums,
