@@ -3,6 +3,7 @@
 import pathlib
 import runpy
 
+import pytest
 import zoo
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
@@ -21,3 +22,17 @@ def test_train(capsys):
     runpy.run_path(str(EXAMPLES / "train.py"))["main"]()
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < losses[0]
+
+
+def test_digits(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    zoo.torchvision()
+    script = runpy.run_path(str(EXAMPLES / "digits.py"))
+    images, labels = script["digits"](32)
+    few = images[:40], labels[:40]
+    runs = {name: [script["train"](name != "eager", 0, *few, 2, 10, 20)] for name in script["COLOURS"]}
+    (first, second), (expected, _) = (runs[name][0]["losses"] for name in ("effkernels", "eager"))
+    assert abs(first - expected) < 0.05 * expected
+    assert second < first
+    assert "accuracy" in script["summary"](runs)
+    script["plot"](runs, tmp_path / "losses.png")
