@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from effkernels import use_backend
+from effkernels.nn import FusedMBConv
 from effkernels.ops._cases import assert_close_to_reference
 from effkernels.ops.bn_project import Stage
 from effkernels.ops.mbconv import Gate, mbconv
@@ -94,3 +95,16 @@ def test_block(name):
         runs = [first, *map(run, range(1, SEEDS))]
         for same in zip(*runs, strict=True):
             assert_close_to_reference(*map(torch.stack, zip(*same, strict=True)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_fused_mbconv(layout):
+    module = FusedMBConv(8, 8, expand_ratio=2, se_ratio=0.25)
+    x = torch.randn(2, 8, 5, 6).contiguous(memory_format=layout).requires_grad_()
+    results = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            y = module(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
