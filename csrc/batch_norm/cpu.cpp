@@ -69,27 +69,53 @@ Tensor bn_residual(const Tensor& x, const Tensor& mean, const Tensor& var, std::
   return y;
 }
 
+// The parameters of a pass over x and the gradient of act(bn(x)), and what they point to.
+struct BackwardPass {
+  NormPassParams p{};
+  BackwardNormVectors norm;
+  std::optional<Tensor> factor, added;
+
+  BackwardPass(const char* op, NormPassParams::Kind kind, const Tensor& grad, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& shift, const Tensor& x, const Tensor& mean, const Tensor& var,
+               const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps, int64_t act,
+               const std::optional<Tensor>& grad_means)
+      : norm(mean, var, gamma, beta, eps, act, grad_means, dtype_of(x), x.size(1)),
+        factor(dense_vector(scale, {x.size(0), x.size(1)}, x, (std::string(op) + ": scale").c_str())),
+        added(dense_vector(shift, {x.size(0), x.size(1)}, x, (std::string(op) + ": shift").c_str())) {
+    p.kind = kind;
+    p.dtype = dtype_of(x);
+    p.x = map_of(x);
+    p.other = map_like(grad, x, (std::string(op) + ": grad").c_str());
+    p.norm = norm.vectors();
+    p.factor = data_of(factor);
+    p.added = data_of(added);
+  }
+};
+
 Tensor bn_backward_sums(const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& x,
                         const Tensor& mean, const Tensor& var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
                         double eps, int64_t act) {
-  NormPassParams p{};
-  p.kind = NormPassParams::kBackwardSums;
-  p.dtype = dtype_of(x);
-  p.x = map_of(x);
-  p.other = map_like(grad, x, "effkernels::bn_backward_sums: grad");
-  const BackwardNormVectors norm(mean, var, gamma, beta, eps, act, std::nullopt, p.dtype, p.x.c);
-  p.norm = norm.vectors();
-  const auto factor = dense_vector(scale, {p.x.n, p.x.c}, x, "effkernels::bn_backward_sums: scale");
-  const auto added = dense_vector(shift, {p.x.n, p.x.c}, x, "effkernels::bn_backward_sums: shift");
-  p.factor = data_of(factor);
-  p.added = data_of(added);
-  run_norm_pass(p);
-  const Tensor out = empty_matrix(x, 2, p.x.c, statistics_dtype(x));
-  with_compute(p.dtype, [&](auto zero) {
+  BackwardPass pass("effkernels::bn_backward_sums", NormPassParams::kBackwardSums, grad, scale, shift, x, mean, var,
+                    gamma, beta, eps, act, std::nullopt);
+  run_norm_pass(pass.p);
+  const Tensor out = empty_matrix(x, 2, pass.p.x.c, statistics_dtype(x));
+  with_compute(pass.p.dtype, [&](auto zero) {
     using C = decltype(zero);
-    merge_parts(p.sums, p.units, 2, p.padded, p.x.c, static_cast<C*>(out.mutable_data_ptr()), p.x.c, 1,
-                [&](int64_t row, int64_t c, double sum) { return row == 1 ? sum * norm.rstd()[c] : sum; });
+    merge_parts(pass.p.sums, pass.p.units, 2, pass.p.padded, pass.p.x.c, static_cast<C*>(out.mutable_data_ptr()),
+                pass.p.x.c, 1,
+                [&](int64_t row, int64_t c, double sum) { return row == 1 ? sum * pass.norm.rstd()[c] : sum; });
   });
+  return out;
+}
+
+Tensor bn_backward(const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& x,
+                   const Tensor& mean, const Tensor& var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                   double eps, int64_t act, std::optional<Tensor> grad_means) {
+  BackwardPass pass("effkernels::bn_backward", NormPassParams::kBackward, grad, scale, shift, x, mean, var, gamma, beta,
+                    eps, act, grad_means);
+  const Tensor out = empty_map(x, pass.p.x.h, pass.p.x.w, is_channels_last(x));
+  pass.p.y = map_of(out);
+  run_norm_pass(pass.p);
   return out;
 }
 
@@ -99,6 +125,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   m.impl("bn_pool.cpp", TORCH_BOX(&bn_pool));
   m.impl("bn_residual.cpp", TORCH_BOX(&bn_residual));
   m.impl("bn_backward_sums.cpp", TORCH_BOX(&bn_backward_sums));
+  m.impl("bn_backward.cpp", TORCH_BOX(&bn_backward));
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ void pass_tile(const NormPassParams& p, int64_t n, Tile<C> x, Tile<C> other, int
     const int lanes = static_cast<int>(min64(p.x.c - c, V));
     const Vec<C> scale = lanes_of<C>(p.norm.scale, c, lanes, 1), shift = lanes_of<C>(p.norm.shift, c, lanes, 0);
     const Vec<C> mean = lanes_of<C>(p.norm.mean, c, lanes, 0);
+    const Vec<C> of_mean = lanes_of<C>(p.norm.slope, c, lanes, 0), constant = lanes_of<C>(p.norm.constant, c, lanes, 0);
     const Vec<C> factor = lanes_of<C>(p.factor, n * p.x.c + c, lanes, 1);
     const Vec<C> added = lanes_of<C>(p.added, n * p.x.c + c, lanes, 0);
     Vec<C> sum[3] = {};
@@ -41,8 +42,12 @@ void pass_tile(const NormPassParams& p, int64_t n, Tile<C> x, Tile<C> other, int
           sum[2] += slope * (value - mean);
         } else {
           const Vec<C> dz = (other.at(i, c) * factor + added) * slope;
-          sum[0] += dz;
-          sum[1] += dz * (value - mean);
+          if constexpr (K == NormPassParams::kBackward) {
+            store(out + i * p.padded + c, dz * scale + (value - mean) * of_mean + constant);
+          } else {
+            sum[0] += dz;
+            sum[1] += dz * (value - mean);
+          }
         }
       }
     }
@@ -57,6 +62,7 @@ TilePass<C> pass_for(NormPassParams::Kind kind, int32_t activation) {
     chosen = kind == NormPassParams::kPool           ? &pass_tile<C, act, NormPassParams::kPool>
              : kind == NormPassParams::kPoolOnly     ? &pass_tile<C, act, NormPassParams::kPoolOnly>
              : kind == NormPassParams::kBackwardSums ? &pass_tile<C, act, NormPassParams::kBackwardSums>
+             : kind == NormPassParams::kBackward     ? &pass_tile<C, act, NormPassParams::kBackward>
                                                      : &pass_tile<C, kIdentity, NormPassParams::kResidual>;
   });
   return chosen;
@@ -94,7 +100,7 @@ void plan(NormPassParams& p) {
   p.band_pixels = tiles * p.tile_pixels;
   p.bands = ceil_div(map, p.band_pixels);
   p.units = p.x.n * p.bands;
-  constexpr int64_t kSums[] = {3, 1, 2, 0};
+  constexpr int64_t kSums[] = {3, 1, 2, 0, 0};
   p.sums_count = kSums[p.kind];
   p.scratch_size = 3 * p.tile_pixels * p.padded * sizeof(C);
 }

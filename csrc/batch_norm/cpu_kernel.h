@@ -12,11 +12,12 @@ struct NormPassParams {
     kPool,          // sums [3]: act(z), act'(z), act'(z) * (x - mean)
     kPoolOnly,      // sums [1]: act(z)
     kBackwardSums,  // sums [2]: dz and dz * (x - mean) with dz = (other * factor + added) * act'(z)
+    kBackward,      // y = the gradient of x from that dz
     kResidual,      // y = z * factor + other
   } kind;
   Dtype dtype;
   Map x, other, y;             // [N, C, H, W]; what a kind does not read or write has no data
-  NormBackward norm;           // with no slope
+  NormBackward norm;           // with a slope for kBackward alone
   const void *factor, *added;  // [N, C], of compute_t, or null
 
   // How the work is cut, filled in by norm_pass_plan. A unit is a band of pixels of one image.

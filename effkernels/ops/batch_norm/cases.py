@@ -14,6 +14,7 @@ from effkernels.ops._op import Op
 from effkernels.ops.batch_norm import reference
 from effkernels.ops.batch_norm.op import (
     BN_APPLY,
+    BN_BACKWARD,
     BN_BACKWARD_SUMS,
     BN_POOL,
     BN_RESIDUAL,
@@ -160,6 +161,21 @@ class BnBackwardSums(Case):
         yield Comparison("sums", outputs[0], eager, exact)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BnBackward(BnBackwardSums):
+    op: ClassVar[Op] = BN_BACKWARD
+    fixed: bool = False
+
+    def make(self) -> tuple[Any, ...]:
+        *given, act = super().make()
+        means = None if self.fixed else 0.1 * torch.randn(2, self.shape[1], dtype=statistics_dtype(given[0]))
+        return *given, act, means
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        eager, exact = (reference.bn_backward(*a) for a in (arguments, as_float64(arguments)))
+        yield Comparison("grad_x", outputs[0], eager, exact)
+
+
 f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 # Of every op that passes over a map once.
@@ -200,6 +216,7 @@ def _cases() -> Iterator[Case]:
         yield BnPool(tag="core", slopes=True, **m)
         yield BnResidual(tag="core", scale=True, **m)
         yield BnBackwardSums(tag="core", scaled=True, **m)
+        yield BnBackward(tag="core", scaled=True, **m)
     for layout in ("nchw", "channels_last"):
         yield BnStatistics(tag="core", shape=(3, 5, 13, 15), layout=layout, values="offset")
         yield BnApply(tag="core", shape=(1, 17, 3, 4), layout=layout, strided_vectors=True)
@@ -225,6 +242,7 @@ def _cases() -> Iterator[Case]:
         yield BnPool(norm=Norm(numbers.choice(SMOOTH), affine=False), slopes=numbers.choice((False, True)), **m)
         yield BnResidual(affine=False, residual=numbers.choice((False, True)), **m)
         yield BnBackwardSums(norm=Norm(numbers.choice(SMOOTH)), **m)
+        yield BnBackward(norm=Norm(numbers.choice(SMOOTH), affine=False), fixed=numbers.choice((False, True)), **m)
 
 
 CASES = list(_cases())

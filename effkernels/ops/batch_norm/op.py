@@ -4,8 +4,9 @@ In all of them bn(x) = gamma * xhat + beta with xhat = (x - mean) / sqrt(var + e
 `statistics_dtype`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from effkernels.ops._activation import activate_backward
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.reference import grad_of_input, grad_of_norm
+from effkernels.ops.batch_norm import reference
 from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
 
 aten = torch.ops.aten
@@ -124,6 +125,27 @@ BN_BACKWARD_SUMS = Op(
 BN_BACKWARD_SUMS.implement_in_triton("effkernels.ops.batch_norm.triton")
 
 
+def _bn_backward_fake(
+    grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int,
+    grad_means: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return empty_map(x, x.shape)
+
+
+# The gradient of x from that dz: gamma / sqrt(var + eps) * (dz - grad_means[0] - xhat * grad_means[1]), grad_means
+# [2, C] being the means over batch and map of dz and of dz * xhat, None where the statistics are fixed.
+BN_BACKWARD = Op(
+    "bn_backward",
+    "(Tensor grad, Tensor? scale, Tensor? shift,"
+    " Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act, Tensor? grad_means)"
+    " -> Tensor",
+    backends=("cpp", "triton"),
+    fake=_bn_backward_fake,
+)
+BN_BACKWARD.implement_in_triton("effkernels.ops.batch_norm.triton")
+
+
 def fake_statistics(x: Tensor, group: str) -> Tensor:
     return x.new_empty((3 if group else 2, x.shape[1]), dtype=statistics_dtype(x))
 
@@ -156,54 +178,55 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(backend: str, ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, gamma, beta, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = bn_act_backward(grad_y, None, x, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs)
+    if grad_y is None:
+        return (None,) * 9
+    grads = bn_act_backward(
+        backend, grad_y, None, None, x, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs
+    )
     return *grads, *(None,) * 6
 
 
 def bn_act_backward(
-    grad_y: Tensor | None, grad_pooled: Tensor | None, x: Tensor, stats: Tensor, gamma: Tensor | None,
-    beta: Tensor | None, training: bool, group: str, eps: float, act: int, needs: Sequence[bool],
+    backend: str, grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, training: bool, group: str, eps: float,
+    act: int, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients that `needs` asks for of x, gamma and beta for y = act(bn(x)) and its mean, from x alone."""
-    if grad_pooled is not None:
-        of_mean = spread(grad_pooled, x.shape, x.dtype)
-        grad_y = of_mean.expand_as(x) if grad_y is None else grad_y + of_mean
-    if grad_y is None or not any(needs):
+    """The gradients that `needs` asks for of x, gamma and beta, from x and dz as in `bn_backward_sums`."""
+    if not any(needs):
         return None, None, None
-    if group:
-        return _synchronised_backward(grad_y, x, stats, gamma, beta, group, eps, act, needs)
-    if x.numel() == 0:
-        # The library's formula divides by the number of values.
+    if x.numel() == 0 and not group:  # what has no statistics
         empty = zip((x, gamma, beta), needs, strict=True)
         grad_x, grad_gamma, grad_beta = (torch.zeros_like(t) if t is not None and need else None for t, need in empty)
         return grad_x, grad_gamma, grad_beta
     mean, var = stats[:2]
-    wide_gamma, wide_beta = (None if t is None else t.to(stats.dtype) for t in (gamma, beta))
-    z = F.batch_norm(x, mean, var, wide_gamma, wide_beta, False, 0.0, eps)
-    grad_z = activate_backward(grad_y, z, act)
-    grad_x, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-        grad_z, x, wide_gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
-        list(needs),
-    )  # fmt: skip
+    if backend not in BN_BACKWARD.overloads and not group:
+        wide_gamma, wide_beta = (None if t is None else t.to(stats.dtype) for t in (gamma, beta))
+        if scale is not None:
+            grad = grad * scale.to(grad.dtype)[:, :, None, None]
+        if shift is not None:
+            grad = grad + shift.to(grad.dtype)[:, :, None, None]
+        z = F.batch_norm(x, mean, var, wide_gamma, wide_beta, False, 0.0, eps)
+        grad_x, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+            activate_backward(grad, z, act), x, wide_gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
+            list(needs),
+        )  # fmt: skip
+    else:
+        sums_of: Callable[..., Tensor] = reference.bn_backward_sums
+        backward: Callable[..., Tensor] = reference.bn_backward
+        if backend in BN_BACKWARD.overloads:
+            sums_of, backward = partial(BN_BACKWARD_SUMS, backend), partial(BN_BACKWARD, backend)
+        given = (grad, scale, shift, x, mean, var, gamma, beta, eps, act)
+        grad_x = means = grad_gamma = grad_beta = None
+        if training or needs[1] or needs[2]:
+            sums = sums_of(*given)
+            grad_beta, grad_gamma = sums
+            means = means_of_all(sums, stats, x.numel() // x.shape[1], group) if training else None
+        if needs[0]:
+            grad_x = backward(*given, means)
     return (
         grad_x if needs[0] else None,
         None if gamma is None or not needs[1] else grad_gamma.to(gamma.dtype),
         None if beta is None or not needs[2] else grad_beta.to(beta.dtype),
-    )
-
-
-def _synchronised_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, group: str, eps: float,
-    act: int, needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    mean, var, _ = stats
-    dz, xhat = grad_of_norm(grad, None, None, x, mean, var, gamma, beta, eps, act)
-    sums = torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))])
-    means = means_of_all(sums, stats, x.numel() // x.shape[1], group)
-    return (
-        grad_of_input(dz, xhat, var, gamma, eps, means).to(x.dtype) if needs[0] else None,
-        sums[1].to(gamma.dtype) if needs[1] and gamma is not None else None,
-        sums[0].to(beta.dtype) if needs[2] and beta is not None else None,
     )
 
 

@@ -96,3 +96,12 @@ def bn_backward_sums(
 ) -> Tensor:  # fmt: skip
     dz, xhat = grad_of_norm(grad, scale, shift, x, mean, var, gamma, beta, eps, act)
     return torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))])
+
+
+def bn_backward(
+    grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, act: int,
+    grad_means: Tensor | None,
+) -> Tensor:  # fmt: skip
+    dz, xhat = grad_of_norm(grad, scale, shift, x, mean, var, gamma, beta, eps, act)
+    return grad_of_input(dz, xhat, var, gamma, eps, grad_means).to(x.dtype)

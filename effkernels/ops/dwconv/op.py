@@ -143,28 +143,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    grad_pooled = grad_pooled if ctx.pool else None
-    phases = backend in DWCONV_BACKWARD.overloads and ctx.saved_tensors[0].shape[0] > 0
+    d = ctx.saved_tensors[4]
+    shift = grad_pooled / (d.shape[2] * d.shape[3]) if ctx.pool and grad_pooled is not None else None
+    if grad_y is None:
+        if shift is None:
+            return (None,) * 16
+        grad_y = d.new_zeros(()).expand_as(d)
+    phases = backend in DWCONV_BACKWARD.overloads and d.shape[0] > 0
     backward = _backward_by_phases if phases else _backward_by_library
-    return *backward(backend, ctx, grad_y, grad_pooled, *ctx.saved_tensors), *(None,) * 12
+    return *backward(backend, ctx, grad_y, shift, *ctx.saved_tensors), *(None,) * 12
 
 
 def _backward_by_phases(
-    backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None,
+    backend: str, ctx: Any, grad_y: Tensor, shift: Tensor | None,
     x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, d: Tensor, stats: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
-    if grad_y is None:
-        if grad_pooled is None:
-            return (None,) * 4
-        grad_y = d.new_zeros(()).expand_as(d)
-    area = d.shape[2] * d.shape[3]
-    shift = None if grad_pooled is None else grad_pooled / area
     norm = (stats[0], stats[1], gamma, beta, ctx.eps, ctx.act)
     means = grad_gamma = grad_beta = None
     if ctx.training or need_gamma or need_beta:
         sums = BN_BACKWARD_SUMS(backend, grad_y, None, shift, d, *norm)
-        means = means_of_all(sums, stats, d.shape[0] * area, ctx.group) if ctx.training else None
+        means = means_of_all(sums, stats, d.numel() // d.shape[1], ctx.group) if ctx.training else None
         grad_beta, grad_gamma = sums
     grad_x = grad_weight = None
     if need_x or need_weight:
@@ -182,13 +181,13 @@ def _backward_by_phases(
 
 
 def _backward_by_library(
-    backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None,
+    backend: str, ctx: Any, grad_y: Tensor, shift: Tensor | None,
     x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, d: Tensor, stats: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
     needs = (need_x or need_weight, *need_affine)
     grad_d, grad_gamma, grad_beta = bn_act_backward(
-        grad_y, grad_pooled, d, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs
+        backend, grad_y, None, shift, d, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs
     )
     grad_x = grad_weight = None
     if grad_d is not None:
