@@ -225,8 +225,8 @@ def bn_act_backward(
             grad_x = backward(*given, means)
     return (
         grad_x if needs[0] else None,
-        None if gamma is None or not needs[1] else grad_gamma.to(gamma.dtype),
-        None if beta is None or not needs[2] else grad_beta.to(beta.dtype),
+        grad_gamma.to(gamma.dtype) if needs[1] and grad_gamma is not None and gamma is not None else None,
+        grad_beta.to(beta.dtype) if needs[2] and grad_beta is not None and beta is not None else None,
     )
 
 

@@ -14,12 +14,12 @@ from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import (
     BN_APPLY,
+    BN_BACKWARD,
     BN_BACKWARD_SUMS,
     BN_POOL,
     BN_RESIDUAL,
     BN_STATISTICS,
     Reduce,
-    bn_act_backward,
     fake_statistics,
     statistics_dtype,
 )
@@ -221,12 +221,8 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         G, shift, sums = rest
         grads |= of_norm("2", sums, fixed2, stats2, gamma2, eps2)
         if "x" in need:
-            if gate is not None and shift is not None:
-                G = torch.addcmul(shift[:, :, None, None], G, gate[:, :, None, None]).to(G.dtype)
-            needs = (True, False, False)
-            grads["x"] = bn_act_backward(
-                G, None, x, stats2, gamma2, beta2, not fixed2, ctx.groups[0], eps2, act2, needs
-            )[0]
+            means2 = None if fixed2 else means_of_all(sums, stats2, count(x), ctx.groups[0])
+            grads["x"] = BN_BACKWARD(backend, G, gate, shift, x, *norm2, means2)
     return grads
 
 
