@@ -2,6 +2,8 @@
 
 A tile is [pixels, channels] where channels are contiguous in memory and [channels, pixels] elsewhere, so that
 neighbouring lanes load neighbouring values. `PIXEL_AXIS` says which; everything else is written once, by broadcasting.
+
+Triton compiles a kernel anew for integers that are 1 or multiples of 16: not for those that only count.
 """
 
 from typing import NamedTuple
@@ -245,7 +247,7 @@ def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
     return total, merged, tl.sum(m2 + count * delta * delta, AXIS, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def merge_statistics_kernel(parts_ptr, stats_ptr, parts, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     offs_c, _ = channel_block(channels, 1, BLOCK_C, 0)
     mask_c = offs_c < channels
@@ -327,7 +329,7 @@ def span_start(part, height, spans, steps):
     return (part // spans // height).to(tl.int64), (part // spans % height).to(tl.int64), part % spans * steps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "steps"])
 def stream_kernel(
     x_ptr, y_ptr, parts_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gate_ptr, residual_ptr,
     channels, height, width, spans, steps, share,

@@ -50,7 +50,7 @@ def bn_residual(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "steps", "parts"])
 def bn_sums_kernel(
     grad_ptr, scale_ptr, shift_ptr, x_ptr, parts_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     channels, height, width, spans, steps, parts, share,

@@ -44,7 +44,7 @@ def pixel_offsets(pixels, width, stride_h, stride_w, ONE_ROW: tl.constexpr):
     return offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def pointwise_kernel(
     x_ptr, w_ptr, y_ptr, parts_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gate_ptr, bias_ptr, residual_ptr,
     channels, outputs, area, width, tiles, share,
@@ -147,7 +147,7 @@ def turned(tile, PIXEL_AXIS: tl.constexpr):
     return tl.trans(tile) if PIXEL_AXIS == 0 else tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "images", "splits", "steps"])
 def pointwise_backward_kernel(
     grad_ptr, scale_ptr, y_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, w_ptr,
     x_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, gate_ptr, out_ptr, sums_ptr, weights_ptr,
