@@ -59,6 +59,21 @@ RandomAffine::RandomAffine(Dtype dtype, int64_t channels, bool scale, bool shift
   affine = {scale ? scale_.data() : nullptr, shift ? shift_.data() : nullptr, activation};
 }
 
+RandomNorm::RandomNorm(Dtype dtype, int64_t channels, bool fixed, int activation)
+    : values_(Buffer::random(compute_dtype(dtype), 5 * channels)) {
+  const auto vector = [&](int i) {
+    return static_cast<char*>(values_.data()) + i * channels * size_of(compute_dtype(dtype));
+  };
+  norm = {vector(0), vector(1), vector(2), fixed ? nullptr : vector(3), fixed ? nullptr : vector(4), activation};
+}
+
+Map output_map(const Buffer& memory, bool channels_last, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t sizes[] = {n, c, h, w};
+  int64_t stride[4];
+  dense_strides(sizes, channels_last, stride);
+  return {memory.data(), n, c, h, w, stride[0], stride[1], stride[2], stride[3]};
+}
+
 void check(const std::string& name, const std::function<std::vector<Buffer>(int)>& compute) {
   const std::vector<Buffer> alone = compute(1), together = compute(thread_count);
   bool right = alone == together;

@@ -33,6 +33,9 @@ class Buffer {
   // Random numbers between 1/8 and 4 and their negatives.
   static Buffer random(Dtype dtype, int64_t count);
 
+  // `bytes` of memory, a whole number of elements.
+  static Buffer of_bytes(Dtype dtype, int64_t bytes) { return Buffer(dtype, bytes / size_of(dtype)); }
+
   void* data() const { return data_.get(); }
   bool operator==(const Buffer& other) const { return std::memcmp(data(), other.data(), bytes_) == 0; }
   bool is_written() const;
@@ -67,6 +70,19 @@ struct RandomAffine {
  private:
   Buffer scale_, shift_;
 };
+
+// What the backward of a BatchNorm takes, [channels] random values each; a fixed one has no slope.
+struct RandomNorm {
+  RandomNorm(Dtype dtype, int64_t channels, bool fixed, int activation);
+
+  NormBackward norm;
+
+ private:
+  Buffer values_;
+};
+
+// A dense map in `memory`, to be written.
+Map output_map(const Buffer& memory, bool channels_last, int64_t n, int64_t c, int64_t h, int64_t w);
 
 // Units [0, units) on `threads` threads, each with scratch memory of its own.
 template <class Run>

@@ -1,0 +1,63 @@
+#include "dwconv_backward/cpu_kernel.h"
+
+#include "harness.h"
+
+namespace effk::sanitized {
+
+static std::vector<Buffer> backward(DwconvBackwardParams p, bool channels_last, bool need_input, int threads) {
+  const Dtype wide = compute_dtype(p.dtype);
+  const Map& x = p.x;
+  const Buffer grad_norm(p.dtype, need_input ? x.n * x.c * x.h * x.w : 0);
+  if (need_input) p.grad_norm = output_map(grad_norm, channels_last, x.n, x.c, x.h, x.w);
+  EFFK_CPU_FUNCTION(dwconv_backward_plan)(p);
+  const Buffer packed = Buffer::of_bytes(wide, p.packed_size), products = Buffer::of_bytes(wide, p.products_size);
+  const Buffer sums(wide, need_input ? x.n * p.bands * 2 * p.padded : 0);
+  p.packed = packed.data();
+  p.products = products.data();
+  if (need_input) p.sums = sums.data();
+  EFFK_CPU_FUNCTION(dwconv_backward_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(dwconv_backward_run);
+  parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
+               [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
+  return {grad_norm, products, sums};
+}
+
+static const Cases cases([] {
+  struct Shape {
+    int64_t n, c, h, w;
+  };
+  constexpr Shape kShapes[] = {{3, 17, 13, 15}, {1, 1, 1, 1}, {2, 3, 1, 7}, {1, 129, 5, 6}, {1, 24, 41, 33}};
+  int number = 0;
+  for (Dtype dtype : kDtypes)
+    for (Layout layout : kLayouts)
+      for (int k : {3, 5, 7})
+        for (int stride : {1, 2})
+          for (const Shape& s : kShapes) {
+            const int pads[] = {k / 2, k / 2 + 1, 4}, pad = pads[++number % 3];
+            const int64_t out_h = (s.h + 2 * pad - k) / stride + 1, out_w = (s.w + 2 * pad - k) / stride + 1;
+            const RandomMap x(dtype, layout, s.n, s.c, s.h, s.w);
+            const RandomMap grad(dtype, layout, s.n, s.c, out_h, out_w), y(dtype, layout, s.n, s.c, out_h, out_w);
+            const Buffer weight = Buffer::random(dtype, s.c * k * k);
+            const Buffer vectors = Buffer::random(compute_dtype(dtype), s.n * s.c);
+            const RandomNorm after(dtype, s.c, number % 2, number % 7), before(dtype, s.c, true, number / 7 % 7);
+            DwconvBackwardParams p{};
+            p.dtype = dtype;
+            p.grad = grad.map;
+            p.y = y.map;
+            p.x = x.map;
+            p.weight = weight.data();
+            p.kernel_size = k;
+            p.stride = stride;
+            p.pad_top = p.pad_left = pad;
+            p.scale = number % 3 ? vectors.data() : nullptr;
+            p.shift = number % 3 ? vectors.data() : nullptr;
+            p.after = after.norm;
+            p.before = before.norm;
+            p.need_weight = number % 5 != 0;
+            check("dwconv_backward " + std::to_string(number), [&](int threads) {
+              return backward(p, x.channels_last, number % 5 != 1, threads);
+            });
+          }
+});
+
+}  // namespace effk::sanitized

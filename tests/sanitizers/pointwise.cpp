@@ -1,0 +1,88 @@
+#include "pointwise/cpu_kernel.h"
+
+#include "harness.h"
+
+namespace effk::sanitized {
+
+static std::vector<Buffer> forward(PointwiseParams p, bool channels_last, int64_t outputs, int threads) {
+  const Dtype wide = compute_dtype(p.dtype);
+  const Buffer y(p.dtype, p.x.n * outputs * p.x.h * p.x.w);
+  p.y = output_map(y, channels_last, p.x.n, outputs, p.x.h, p.x.w);
+  EFFK_CPU_FUNCTION(pointwise_plan)(p);
+  const Buffer packed = Buffer::of_bytes(wide, p.packed_size);
+  const Buffer partials(Dtype::kFloat64, p.reduce == Reduce::kNone ? 0 : p.x.n * p.bands * 2 * outputs);
+  p.packed = packed.data();
+  p.partials = static_cast<double*>(partials.data());
+  EFFK_CPU_FUNCTION(pointwise_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(pointwise_run);
+  parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
+               [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
+  return {y, partials};
+}
+
+static std::vector<Buffer> backward(PointwiseBackwardParams p, bool channels_last, bool need_input, int threads) {
+  const Dtype wide = compute_dtype(p.dtype);
+  const Map& x = p.x;
+  const Buffer grad_gated(p.dtype, need_input ? x.n * x.c * x.h * x.w : 0);
+  if (need_input) p.grad_gated = output_map(grad_gated, channels_last, x.n, x.c, x.h, x.w);
+  EFFK_CPU_FUNCTION(pointwise_backward_plan)(p);
+  const Buffer packed = Buffer::of_bytes(wide, p.packed_size), products = Buffer::of_bytes(wide, p.products_size);
+  const Buffer sums(wide, need_input ? x.n * p.image_tiles * 3 * x.c : 0);
+  p.packed = packed.data();
+  p.sums = sums.data();
+  p.products = products.data();
+  EFFK_CPU_FUNCTION(pointwise_backward_pack)(p);
+  const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
+  parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
+               [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
+  return {grad_gated, sums, products};
+}
+
+static const Cases cases([] {
+  struct Shape {
+    int64_t n, c, out_c, h, w;
+  };
+  // Vectors and panels that are not filled, several of them, bands of pixels, a single pixel.
+  constexpr Shape kShapes[] = {{3, 17, 19, 13, 15}, {1, 1, 1, 1, 1},    {2, 3, 40, 1, 7},
+                               {2, 129, 24, 5, 6},  {1, 24, 96, 31, 33}, {1, 300, 70, 3, 2}};
+  int number = 0;
+  for (Dtype dtype : kDtypes)
+    for (Layout layout : kLayouts)
+      for (int variant = 0; variant < 3; ++variant)
+        for (const Shape& s : kShapes) {
+          ++number;
+          const Dtype wide = compute_dtype(dtype);
+          const RandomMap x(dtype, layout, s.n, s.c, s.h, s.w);
+          const RandomMap grad(dtype, layout, s.n, s.out_c, s.h, s.w), y(dtype, layout, s.n, s.out_c, s.h, s.w);
+          const Buffer weight = Buffer::random(dtype, s.out_c * s.c), bias = Buffer::random(wide, s.out_c);
+          const Buffer gate = Buffer::random(wide, s.n * s.c), scale = Buffer::random(wide, s.n * s.out_c);
+          const RandomAffine prologue(dtype, s.c, number % 2, number % 3, number % 7);
+          const RandomNorm after(dtype, s.out_c, number % 2, kIdentity), before(dtype, s.c, true, number % 7);
+          PointwiseParams p{};
+          p.dtype = dtype;
+          p.x = x.map;
+          if (number % 2) p.residual = y.map;
+          p.weight = weight.data();
+          p.prologue = prologue.affine;
+          p.gate = number % 3 ? gate.data() : nullptr;
+          p.bias = number % 5 ? bias.data() : nullptr;
+          p.reduce = kReductions[variant];
+          const std::string name = std::to_string(number);
+          check("pointwise " + name, [&](int threads) { return forward(p, x.channels_last, s.out_c, threads); });
+          PointwiseBackwardParams b{};
+          b.dtype = dtype;
+          b.grad = grad.map;
+          b.y = y.map;
+          b.x = x.map;
+          b.weight = weight.data();
+          b.scale = number % 3 ? scale.data() : nullptr;
+          b.after = after.norm;
+          b.before = before.norm;
+          b.gate = number % 2 ? gate.data() : nullptr;
+          b.need_weight = variant != 1;
+          check("pointwise_backward " + name,
+                [&](int threads) { return backward(b, x.channels_last, variant != 2, threads); });
+        }
+});
+
+}  // namespace effk::sanitized
