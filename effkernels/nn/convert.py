@@ -8,8 +8,9 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from effkernels.nn.freezing import unfreeze
-from effkernels.nn.fusion import Fused
+from effkernels.nn.fusion import Fused, FusedBlock
 from effkernels.nn.parts import Unfusable
+from effkernels.ops.mbconv import check_memory
 
 LIBRARIES = ("torchvision", "timm")
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,26 +61,34 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def convert(model: Model) -> Model:
+def convert(model: Model, *, memory: str = "default") -> Model:
     """Run the MBConv, Fused-MBConv and squeeze-excite blocks of a torchvision or timm model on the fused ops, in place.
 
     Each block's class becomes a subclass of its own class: parameters, `state_dict` keys, hooks, modes and random draws
     stay as they are, and copying, pickling and wrapping work. A block that is altered from inside (hooks on its parts,
     parametrisations, pruning, replaced or quantised children) runs as its own forward says; see `conversion_report`.
-    A second call changes nothing.
+    A second call changes nothing but `memory`.
+
+    Args:
+        model: blocks of our own in it are taken as converted.
+        memory: "minimal": in training, an MBConv does not keep its expanded map, the widest, but computes it again
+            backward; or "default".
 
     Returns:
         `model` itself.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: it has no such block.
+        ValueError: it has no such block, or `memory` is none of the above.
     """
     _check("convert", model)
+    check_memory("convert", memory)
     for module in model.modules():
         converted = _conversions(type(module)).get(type(module))
         if converted is not None:
             module.__class__ = converted
+        if isinstance(module, FusedBlock):
+            module.memory = memory
     if not any(isinstance(module, Fused) for module in model.modules()):
         near = "; ".join(str(entry) for entry in conversion_report(model).left if entry.reason != _PLAIN)
         raise ValueError(
@@ -104,6 +113,7 @@ def revert(model: Model) -> Model:
         for original, converted in _conversions(type(module)).items():
             if type(module) is converted:
                 module.__class__ = original
+                module.__dict__.pop("memory", None)
     return model
 
 

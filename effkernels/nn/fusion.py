@@ -90,8 +90,10 @@ class Frozen:
 
 
 class FusedBlock(Fused):
+    memory: str = "default"  # of `ops.mbconv`
+
     def fused(self, block: Block, x: Tensor) -> Tensor:
-        return run_block(block, x)
+        return run_block(block, x, self.memory)
 
 
 class FusedSE(Fused):
@@ -99,11 +101,11 @@ class FusedSE(Fused):
         return run_se(se, x)
 
 
-def run_block(block: Block, x: Tensor) -> Tensor:
+def run_block(block: Block, x: Tensor, memory: str) -> Tensor:
     inference = _is_inference(block.layers(), block.se, x)
     trains = not inference and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads)
     if trains and _is_mbconv(block):
-        return _train_mbconv(block, x)
+        return _train_mbconv(block, x, memory)
     if trains and block.depthwise is None and block.project is not None:
         return _train_fused_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
@@ -199,7 +201,7 @@ def _is_mbconv(block: Block) -> bool:
     return depthwise is not None and project is not None and (expand is None or parts.is_pointwise(expand.conv))
 
 
-def _train_mbconv(block: Block, x: Tensor) -> Tensor:
+def _train_mbconv(block: Block, x: Tensor, memory: str) -> Tensor:
     expand, depthwise, se, project = block[:4]
     assert depthwise is not None and project is not None
 
@@ -213,6 +215,7 @@ def _train_mbconv(block: Block, x: Tensor) -> Tensor:
             **_window(depthwise),
             scale=scale,
             residual=residual,
+            memory=memory,
         )
 
     return _with_shortcut(block, x, branch)

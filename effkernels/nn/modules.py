@@ -11,6 +11,7 @@ from effkernels.nn.fusion import Fused, FusedBlock, FusedSE, run_conv, run_depth
 from effkernels.nn.layers import Conv2dSame, DropPath
 from effkernels.nn.parts import SE, Block, Layer
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
+from effkernels.ops.mbconv import check_memory
 
 Swish = nn.SiLU  # its PyTorch name
 
@@ -223,6 +224,8 @@ class MBConv(_Block):
         activation: "silu", "relu", "relu6", "hardswish" or "identity".
         padding: "auto" (kernel_size // 2), "same" (TensorFlow's, uneven) or a number of rows on each side.
         norm_eps, norm_momentum: of each `nn.BatchNorm2d`.
+        memory: in training, of the kernels: "default", or "minimal", which computes the expanded map again backward
+            rather than keep it.
         device, dtype: of the parameters.
 
     Shape: [N, C, H, W] -> [N, out_channels, Ho, Wo].
@@ -248,10 +251,13 @@ class MBConv(_Block):
         padding: int | str = "auto",
         norm_eps: float = 1e-5,
         norm_momentum: float | None = 0.1,
+        memory: str = "default",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_memory("MBConv", memory)
+        self.memory = memory
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm: dict[str, Any] = {"norm_eps": norm_eps, "norm_momentum": norm_momentum, **factory}
         hidden = round(in_channels * expand_ratio)

@@ -399,6 +399,20 @@ def test_squeeze_excite_of_other_torchvision_models(kernels):
     }
 
 
+def test_minimal_memory(block, kernels):
+    original, x = block
+    converted = effkernels.convert(copy.deepcopy(original), memory="minimal").train()
+    assert copy.deepcopy(converted).memory == "minimal"
+    assert_outcomes_close(
+        forward_backward(converted, [x]),
+        forward_backward(copy.deepcopy(original).train(), [x]),
+        forward_backward(copy.deepcopy(original).train().double(), [x.double()]),
+    )
+    assert not hasattr(effkernels.revert(converted), "memory")
+    with pytest.raises(ValueError, match="convert: memory must be one of default, minimal, got 'less'"):
+        effkernels.convert(original, memory="less")
+
+
 def test_nothing_to_convert():
     with pytest.raises(ValueError, match="Sequential has nothing to convert: no MBConv"):
         effkernels.convert(nn.Sequential(nn.Conv2d(3, 8, 3)))

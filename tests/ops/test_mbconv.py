@@ -98,6 +98,7 @@ def gradients(positional, named, needed=None):
     return y, torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum(), wanted)
 
 
+MINIMAL = {"memory": "minimal"}
 VARIANTS = {
     "whole": dict(scale=True),
     "strided": dict(stride=2, out=4),
@@ -183,13 +184,23 @@ def test_double_use(kernels):
         torch.testing.assert_close(got, twice())
 
 
+@pytest.mark.parametrize("variant", ["whole", "biases", "no expand", "no gate"])
+def test_minimal_memory_gives_the_same_bits(variant, kernels):
+    positional, named = block((2, 8, 9, 7), hidden=24, out=8, dtype=f32, **VARIANTS[variant])
+    (y, grads), (minimal_y, minimal_grads) = (gradients(positional, named | kind) for kind in ({}, MINIMAL))
+    assert torch.equal(minimal_y, y)
+    assert all(map(torch.equal, minimal_grads, grads))
+
+
+@pytest.mark.parametrize("memory", ["default", "minimal"])
 @pytest.mark.parametrize("expand", [True, False])
-def test_saved_for_backward(expand, kernels):
-    """x, the raw outputs of the convolutions, and vectors."""
+def test_saved_for_backward(expand, memory, kernels):
+    """x, the raw outputs of the convolutions, and vectors; of the expanded map only the vectors in minimal memory."""
     positional, named = block((4, 16, 12, 12), hidden=64, out=16, dtype=f32, expand=expand)
     x, *stages = positional
-    kept = saved_bytes(lambda: ops.mbconv(*positional, **named), parameters=leaves(x, stages)[1:])
-    channels = 2 * 16 + (2 * 64 if expand else 16)  # x and p; e and d
+    kept = saved_bytes(lambda: ops.mbconv(*positional, **named, memory=memory), parameters=leaves(x, stages)[1:])
+    wide = (64 if memory == "minimal" else 2 * 64) if expand else 16  # e and d
+    channels = 2 * 16 + wide  # and x and p
     maps = channels * x[:, 0].numel() * 4
     vectors = (4 * 64 * 4 + 2 * (2 * 64 + 16)) * 4
     assert maps < sum(kept) <= maps + vectors
@@ -205,8 +216,9 @@ def test_bytes_of_the_forward_pass(kernels):
 
 
 def test_opcheck(kernels):
-    for variant in ("whole", "no expand", "no gate"):
+    for variant, kind in (("whole", {}), ("no expand", {}), ("no gate", MINIMAL)):
         positional, named = block(**VARIANTS[variant])
+        named |= kind
         calls = []
         original = MBCONV.__class__.__call__
 
@@ -240,6 +252,7 @@ def test_compile_with_dynamic_shapes(kernels):
         (dict(x=torch.ones(2, 3, 4)), ValueError, r"x must be 4-dimensional .*, got shape \[2, 3, 4\]"),
         (dict(x=torch.ones(2, 4, 5, 4)), ValueError, r"expand.weight must have shape \[5, 4, 1, 1\]"),
         (dict(x=torch.ones(2, 3, 5, 4).half()), TypeError, "expand.weight must have the dtype of x"),
+        (dict(memory="none"), ValueError, "memory must be one of default, minimal, got 'none'"),
         (dict(stride=3), ValueError, r"stride must be one of \(1, 2\), got 3"),
         (dict(stride=2), ValueError, r"residual needs an output like x, \[2, 3, 5, 4\], got \[2, 3, 3, 2\]"),
         (dict(scale=torch.ones(3)), ValueError, r"scale must have shape \[2\], got \[3\]"),

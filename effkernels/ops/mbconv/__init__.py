@@ -15,6 +15,7 @@ from effkernels.ops.mbconv import op, reference
 from effkernels.ops.mbconv_inference import Gate
 
 _NAME = "mbconv"
+MEMORY = ("default", "minimal")
 
 
 def mbconv(
@@ -28,6 +29,7 @@ def mbconv(
     padding: int | str = "auto",
     scale: Tensor | None = None,
     residual: bool = False,
+    memory: str = "default",
 ) -> Tensor:
     """An MBConv block (arXiv:1905.11946) for training: `project(squeeze_excite(depthwise(expand(x)))) * scale + x`.
 
@@ -44,6 +46,8 @@ def mbconv(
         stride, padding: of the depthwise convolution, as for `dwconv_bn_swish`.
         scale: [N], what stochastic depth multiplies each image of the branch by.
         residual: whether x is added, which then has the shape of the output.
+        memory: "minimal": the expand convolution's output, the widest map, is not kept for backward but computed again
+            there, to the same bits; or "default".
 
     Returns:
         [N, O, Ho, Wo] in the dtype and layout of x.
@@ -54,6 +58,7 @@ def mbconv(
         RuntimeError: the backend asked for by `use_backend` cannot run, or is "eager" and there is a process group.
     """
     _checks.map_tensor(_NAME, "x", x)
+    check_memory(_NAME, memory)
     dtype = _checks.autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
@@ -97,6 +102,7 @@ def mbconv(
         *stage_tensors(project),
         None if scale is None else scale.to(statistics_dtype(x)),
         residual,
+        memory == "default",
         groups,
         [stage.eps if stage else 0.0 for stage in stages],
         acts + [0] * (4 - len(acts)),
@@ -107,3 +113,8 @@ def mbconv(
         if stage is not None and stage.training:
             update_running_statistics(stage.running_mean, stage.running_var, stats, count, stage.momentum)
     return y
+
+
+def check_memory(name: str, memory: str) -> None:
+    if memory not in MEMORY:
+        raise ValueError(f"{name}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")

@@ -28,7 +28,7 @@ def _forward(
     v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
     w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
     mean3: Tensor | None, var3: Tensor | None,
-    scale: Tensor | None, residual: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
+    scale: Tensor | None, residual: bool, keep: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
     window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     group1, group2, group3 = groups
@@ -53,7 +53,7 @@ def _forward(
         backend, d, norm2, v1, c1, v2, c2, se_act, gate_act, w3, bias3, gamma3, beta3, mean3, var3, eps3, group3,
         scale, x if residual else None,
     )  # fmt: skip
-    return y, e, d, p, stats1, stats2, stats3, pooled, gate
+    return y, e if keep else x.new_empty(0), d, p, stats1, stats2, stats3, pooled, gate
 
 
 def _fake(
@@ -64,7 +64,7 @@ def _fake(
     v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
     w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
     mean3: Tensor | None, var3: Tensor | None,
-    scale: Tensor | None, residual: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
+    scale: Tensor | None, residual: bool, keep: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
     window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, hidden, out = x.shape[0], w2.shape[0], w3.shape[0]
@@ -74,11 +74,11 @@ def _fake(
     def vector(*shape: int, given: bool = True) -> Tensor:
         return x.new_empty(shape if given else (0,), dtype=wide)
 
-    e = x.new_empty(0) if w1 is None else empty_map(x, (n, hidden, *x.shape[2:]))
-    d = empty_map(x if w1 is None else e, (n, hidden, *window[3:]))
+    e = x if w1 is None else empty_map(x, (n, hidden, *x.shape[2:]))
+    d = empty_map(e, (n, hidden, *window[3:]))
     p = empty_map(d, (n, out, *window[3:]))
     return (
-        torch.empty_like(p), e, d, p,
+        torch.empty_like(p), e if keep and w1 is not None else x.new_empty(0), d, p,
         vector(rows1, hidden, given=w1 is not None), vector(rows2, hidden), vector(rows3, out),
         vector(3, n, hidden, given=v1 is not None), vector(n, hidden, given=v1 is not None),
     )  # fmt: skip
@@ -86,8 +86,8 @@ def _fake(
 
 _INPUTS = (
     "x", "w1", "bias1", "gamma1", "beta1", "mean1", "var1", "w2", "gamma2", "beta2", "mean2", "var2",
-    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "groups", "eps",
-    "acts", "window",
+    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "keep", "groups",
+    "eps", "acts", "window",
 )  # fmt: skip
 _SAVED = (
     "x", "w1", "bias1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "c2", "w3", "gamma3", "beta3",
@@ -97,7 +97,7 @@ _SAVED = (
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = dict(zip(_INPUTS, inputs, strict=True))
-    ctx.residual, ctx.groups, ctx.eps, ctx.acts, ctx.window = inputs[-5:]
+    ctx.residual, ctx.keep, ctx.groups, ctx.eps, ctx.acts, ctx.window = inputs[-6:]
     ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs]
     ctx.fixed = tuple(given[mean] is not None for mean in ("mean1", "mean2", "mean3"))
     ctx.mark_non_differentiable(*output[1:])
@@ -142,6 +142,9 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         return grads
 
     means2 = None if fixed2 else means_of_all(sums, stats2, count(d), group2)
+    if w1 is not None and not ctx.keep:
+        wide_bias = None if bias1 is None else bias1.to(stats1.dtype)
+        e, _ = POINTWISE(backend, x, w1, *NO_NORM, None, wide_bias, None, Reduce.NONE)
     source, prologue = (x, NO_NORM) if w1 is None else (e, (stats1[0], stats1[1], gamma1, beta1, eps1, act1))
     stride, top, left, _, _ = ctx.window
     dz1, grads["w2"], sums = DWCONV_BACKWARD(
@@ -219,8 +222,9 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 # v1 [R, M] or None: no gate; scale [N] or None; x is added if `residual`. A BatchNorm with a mean and a variance uses
 # them, one without uses batch statistics, those of all processes where its group has a name. groups, eps: of bn1, bn2,
 # bn3; acts: act1, act2, se_act, gate_act; window: stride, padding at the top and at the left, height and width of the
-# output. What backward reads is returned too: the raw convolution outputs e, d and p, the statistics [2, channels] of
-# each ([3, channels] of a group), `bn_pool`'s sums and the gate; what there is not is empty.
+# output. What backward reads is returned too: the raw convolution outputs e, d and p (e only to `keep` it; else it is
+# computed again), the statistics [2, channels] of each ([3, channels] of a group), `bn_pool`'s sums and the gate; what
+# there is not is empty.
 MBCONV = Op(
     "mbconv",
     "(Tensor x,"
@@ -228,7 +232,7 @@ MBCONV = Op(
     " Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2,"
     " Tensor? v1, Tensor? c1, Tensor? v2, Tensor? c2,"
     " Tensor w3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3,"
-    " Tensor? scale, bool residual, str[] groups, float[] eps, int[] acts, SymInt[] window)"
+    " Tensor? scale, bool residual, bool keep, str[] groups, float[] eps, int[] acts, SymInt[] window)"
     " -> (Tensor y, Tensor e, Tensor d, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor pooled,"
     " Tensor gate)",
     backends=("cpp", "triton"),
