@@ -1,4 +1,4 @@
-// Copies from global to shared memory that need no registers and that a thread does not wait for, where the GPU has them.
+// Copies from global to shared memory for which no thread waits, where the GPU has them.
 #pragma once
 
 #include "common/cuda_vec.cuh"

@@ -18,7 +18,8 @@ inline Problem make_problem(const Tensor& x, Tensor& expand, const Transform& no
   const int64_t hidden = expand.dim() >= 2 ? expand.size(0) : 0, k = depthwise.dim() == 4 ? depthwise.size(2) : 0;
   require(hidden > 0 && expand.size(1) == q.x.c && expand.numel() == hidden * q.x.c,
           "expand must be [hidden, C] with C = " + std::to_string(q.x.c));
-  require((k == 3 || k == 5 || k == 7) && depthwise.size(3) == k && depthwise.size(1) == 1 && depthwise.size(0) == hidden,
+  require((k == 3 || k == 5 || k == 7) && depthwise.size(3) == k && depthwise.size(1) == 1 &&
+              depthwise.size(0) == hidden,
           "depthwise must be [hidden, 1, k, k] with hidden = " + std::to_string(hidden) + " and k in 3, 5, 7");
   require(expand.scalar_type() == x.scalar_type() && depthwise.scalar_type() == x.scalar_type(),
           "expand and depthwise must have the dtype of x");

@@ -16,8 +16,8 @@ namespace effk::expand_dwconv {
 using dwconv::slot;
 using dwconv::Window;
 
-// Copies `rows` rows of `length` elements to shared memory, `pitch` apart, and zeros up to `depth`. `row(i)` is where row i
-// begins; elements are `stride` apart, vectors with `aligned`, where they may arrive later: `wait_for_copies`.
+// Copies `rows` rows of `length` elements to shared memory, `pitch` apart, and zeros up to `depth`. `row(i)` is where
+// row i begins, null for zeros; elements are `stride` apart, and with `aligned` come as vectors, by `copy_async`.
 template <class T, class Row>
 __device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int length, int depth, int64_t stride,
                                            bool aligned, Row row) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
   T* expand = reinterpret_cast<T*>(shared + p.expand_offset);
   T* e_tile = reinterpret_cast<T*>(shared + p.e_offset);
   Folded* norm1 = reinterpret_cast<Folded*>(shared + p.norm_offset);
-  float* shift2 = reinterpret_cast<float*>(norm1 + p.group);
+  Folded* norm2 = norm1 + p.group;
   float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
   float* column_sums = reinterpret_cast<float*>(shared + p.sum_offset);
   const int tid = threadIdx.x;
@@ -99,21 +99,21 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
 
   for (int group = first_group; group < end_group; ++group) {
     const int c0 = group * p.group;
-    for (int i = tid; i < p.group; i += kThreads) {
-      if (c0 + i >= p.hidden) break;
-      norm1[i] = load_folded<T>(p.norm1, c0 + i);
-      shift2[i] = load_folded<T>(p.norm2, c0 + i).shift;
-    }
-    // The second norm's scale is in the weights.
-    for (int i = tid; i < p.group * K * K; i += kThreads) {
-      const int c = i / (K * K), tap = i % (K * K);
-      if (c0 + c >= p.hidden) break;
-      const T* from = static_cast<const T*>(p.depthwise) + int64_t{c0} * (K * K) + i;
-      weights[tap * p.weight_pitch + c] = to_float(load_global(from)) * load_folded<T>(p.norm2, c0 + c).scale;
+    for (int i = tid; i < 2 * p.group; i += kThreads) {  // norm2 follows norm1
+      const bool second = i >= p.group;
+      const int c = c0 + i - second * p.group;
+      if (c < p.hidden) norm1[i] = load_folded<T>(second ? p.norm2 : p.norm1, c);
     }
     wait_for_copies();
     __syncthreads();
 
+    // The second norm's scale goes into the depthwise weights.
+    for (int i = tid; i < p.group * K * K; i += kThreads) {
+      const int c = i / (K * K), tap = i % (K * K);
+      if (c0 + c >= p.hidden) break;
+      const T* from = static_cast<const T*>(p.depthwise) + int64_t{c0} * (K * K) + i;
+      weights[tap * p.weight_pitch + c] = to_float(load_global(from)) * norm2[c].scale;
+    }
     const int across = p.group / kUnitChannels, units = (pixels + kUnitPixels - 1) / kUnitPixels * across;
     for (int unit = tid / 32; unit < units; unit += kThreads / 32) {
       using Product = WarpProduct<T, kUnitPixels / 16, kUnitChannels / 8>;
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
           values[v] = fmaf(product.pair(i, v / 2).at[v % 2], norm[v].scale, norm[v].shift);
         activate_all(values, p.norm1.activation);
         const int row = small_quotient(pixel, inside.width), column = pixel - row * inside.width;
-        T* to = e_tile + ((inside.top + row) * columns + slot<S>(inside.left + column, odd_offset)) * p.e_pitch + column0;
+        const int at = (inside.top + row) * columns + slot<S>(inside.left + column, odd_offset);
+        T* to = e_tile + at * p.e_pitch + column0;
 #pragma unroll
         for (int j = 0; j < Product::kLaneColumns; ++j)
           Vec<T, 2>{{from_float<T>(values[2 * j]), from_float<T>(values[2 * j + 1])}}.store(to + product.column(j));
@@ -159,21 +160,24 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
 #pragma unroll
         for (int v = 0; v < V; ++v) weight[tap][v] = vec.at[v];
       }
-      const auto shift = Vec<float, V>::load(shift2 + lane);
+      float shift[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) shift[v] = norm2[lane + v].shift;
       const T* in = e_tile + (strip * kRows * S * columns + column) * p.e_pitch + lane;
+      const int row_pitch = columns * p.e_pitch;
       T* out = static_cast<T*>(p.d) + n * p.d_stride.n + c + int64_t{out_y} * p.d_stride.h +
                int64_t{out_x} * p.d_stride.w;
       dwconv::slide<K, S, V>(
           weight,
           [&](int row, int kx, float(&values)[V]) {
-            const auto vec = Vec<T, V>::load(in + (row * columns + slot<S>(kx, odd_offset)) * p.e_pitch);
+            const auto vec = Vec<T, V>::load(in + row * row_pitch + slot<S>(kx, odd_offset) * p.e_pitch);
 #pragma unroll
             for (int v = 0; v < V; ++v) values[v] = to_float(vec.at[v]);
           },
           [&](int row, float(&values)[V]) {
             if (row >= count) return;
 #pragma unroll
-            for (int v = 0; v < V; ++v) values[v] += shift.at[v];
+            for (int v = 0; v < V; ++v) values[v] += shift[v];
             activate_all(values, p.norm2.activation);
             Vec<T, V> vec;
 #pragma unroll

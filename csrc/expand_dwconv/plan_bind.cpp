@@ -36,5 +36,6 @@ EFFK_INTROSPECTION(m) {
   m.def("expand_dwconv_plan", &effk::introspection::expand_dwconv_plan, py::arg("x"), py::arg("d"), py::arg("dtype"),
         py::arg("expand"), py::arg("norm1"), py::arg("depthwise"), py::arg("norm2"), py::arg("kernel_size"),
         py::arg("stride"), py::arg("pad_top"), py::arg("pad_left"), py::arg("reduce"), py::arg("sums") = 0,
-        py::arg("workspace") = 0, "The CUDA launches of effkernels::expand_dwconv on the least GPU since sm_80; None where nothing fits.");
+        py::arg("workspace") = 0,
+        "The CUDA launches of effkernels::expand_dwconv on the least GPU since sm_80; None where nothing fits.");
 }

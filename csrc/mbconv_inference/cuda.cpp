@@ -1,5 +1,5 @@
-// effkernels::mbconv_inference on CUDA: the phases' kernels, three launches. Where a tile of a wide block does not fit shared
-// memory, or costs more than it saves, the expansion is a launch of its own.
+// effkernels::mbconv_inference on CUDA: three launches of the phases' kernels. Where a tile of a wide block does not
+// fit shared memory, or costs more than it saves, the expansion is a launch of its own.
 #include "dwconv/cuda_tensor.h"
 #include "expand_dwconv/cuda_tensor.h"
 #include "mbconv_inference/parameters.h"

@@ -11,7 +11,7 @@ namespace effk::pointwise_inference {
 constexpr int kThreads = 256;
 constexpr int kWarpsDown = 4, kWarpsAcross = 2;
 
-// The depth of the product comes in chunks of kChunkBytes per row, double-buffered in shared memory in rows of kRowBytes.
+// The depth of the product comes in chunks of kChunkBytes a row, double-buffered in shared memory in rows of kRowBytes.
 constexpr int kChunkBytes = 64, kRowBytes = kChunkBytes + 16;
 
 // Pixels of one image by output channels: 16 and 8 of them are a matrix instruction's.

@@ -63,6 +63,13 @@ def test_only_bfloat16_differs_between_architectures():
     assert {name for name in ours | others if ours[name] != others[name]} == {n for n in ours if "bfloat16" in n}
 
 
+def test_products_of_16_bits_run_on_matrix_instructions():
+    products = {n: code for n, code in instances("sm_80").items() if "pointwise_inference" in n or "expand_dwconv" in n}
+    products = {name: code for name, code in products.items() if "merge_moments" not in name}
+    assert {n for n, code in products.items() if "mma.sync" in code} == {n for n in products if "kernelIf" not in n}
+    assert len(products) == 21
+
+
 def test_plans_stay_within_limits():
     none = ([0] * 4, 0.0, 0, 0)
     channels, sizes = (1, 3, 8, 96, 1152), ((1, 1), (1, 5000), (7, 7), (112, 112), (300, 3))
