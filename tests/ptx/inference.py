@@ -17,7 +17,7 @@ import torch
 from effkernels.models.configs import CONFIGS
 from effkernels.ops.mbconv_inference.cases import MbconvInference
 
-BATCH, SECTOR = 8, 32
+BATCH = 4
 GPUS = ("A100", "H100", "L4", "RTX4090")
 HEAD = ("block", "times", "launches", "MB", *GPUS)
 
