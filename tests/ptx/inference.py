@@ -53,7 +53,9 @@ def main() -> None:
             cells = [f"{sum(e.modelled_us for e in of):.1f} ({', '.join(e.limiter for e in of)})" for of in modelled]
             row = [len(results), megabytes, *(sum(e.modelled_us for e in of) for of in modelled)]
             total = [a + times * b for a, b in zip(total, row, strict=True)]
-            print(f"| {case} | {times} | {len(results)} | {megabytes:.2f} | {' | '.join(cells)} |", flush=True)
+            (_, c, h, _), k = case.shape, case.kernel_size
+            name = f"{c} to {case.outputs}, {h}x{h}, {k}x{k}, stride {case.stride}"
+            print(f"| {name} | {times} | {len(results)} | {megabytes:.2f} | {' | '.join(cells)} |", flush=True)
     launches, *amounts = total
     print(f"| all | | {launches:.0f} | {' | '.join(f'{amount:.1f}' for amount in amounts)} |")
 
