@@ -82,7 +82,7 @@ struct Block {
   int64_t rows, vectors;
   int last_lanes;
   int64_t scale_step = 0;  // from one vector's scale and sums to the next's: 0 or 1
-  int64_t in_ahead = 0, out_ahead = 0;  // to what is read and written next, which is fetched meanwhile
+  int64_t ahead = 0;       // to what is read next, which is fetched meanwhile
 };
 
 template <class In, class Out>
@@ -98,10 +98,7 @@ void transform(const Block<In, Out>& b, const Scale<compute_t<In>>* scales, Sums
     Out* out = b.out ? b.out + row * b.out_row : nullptr;
     auto one = [&](int64_t i, Vec<C> v, int lanes) EFFK_INLINE {
       const Vec<C> z = activate<A>(scales[i * b.scale_step](v));
-      if (out) {
-        __builtin_prefetch(out + i * b.out_vector + b.out_ahead, 1);
-        store_n(out + i * b.out_vector, z, lanes);
-      }
+      if (out) store_n(out + i * b.out_vector, z, lanes);
       if (!kSum) return;
       Sums<C>& s = sums[i * b.scale_step];
       const Vec<C> deviation = keep_n<C>(rounded<Out>(z) - s.origin, lanes);
@@ -118,7 +115,7 @@ void transform(const Block<In, Out>& b, const Scale<compute_t<In>>* scales, Sums
     };
     if (b.lane_stride == 1)
       runs([&](const In* at, int lanes) EFFK_INLINE {
-        __builtin_prefetch(at + b.in_ahead, 0, 2);
+        __builtin_prefetch(at + b.ahead, 0, 2);
         return load_n(at, lanes);
       });
     else

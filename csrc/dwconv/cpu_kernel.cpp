@@ -110,7 +110,8 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
       auto block = pixels(Block<In, C>{view.x + in * view.stride_h, 0, V * view.stride_c, view.stride_c,
                                        rings + in % k * size.row + left * V, 0, size.ring},
                           view.stride_w, V, columns);
-      block.in_ahead = vectors == 1 ? 0 : p.stride * view.stride_h;
+      // The row that takes its place: its loads would wait for memory. (A single vector comes from a tile in the cache.)
+      block.ahead = vectors == 1 ? 0 : p.stride * view.stride_h;
       transform_in(block, prologue, nullptr);
     }
     staged = max64(staged, top + ky_end);
@@ -125,9 +126,7 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
         sums[v].origin = first_value<Out>(p, lines + v * size.line, epilogue[v]);
     }
     Out* y = view.y + (row - u.row) * p.out_w * view.y_pixel;
-    auto block = pixels(Block<C, Out>{lines, 0, size.line, 1, y, 0, V}, V, view.y_pixel, p.out_w);
-    block.out_ahead = vectors == 1 ? 0 : p.out_w * view.y_pixel;
-    transform_out(block, epilogue, sums);
+    transform_out(pixels(Block<C, Out>{lines, 0, size.line, 1, y, 0, V}, V, view.y_pixel, p.out_w), epilogue, sums);
   }
   if (p.reduce == Reduce::kNone) return;
   for (int64_t c = 0; c < u.channels; ++c) {
