@@ -57,7 +57,8 @@ def mbconv_inference(
 ) -> Tensor:
     """MBConv with known statistics (arXiv:1905.11946): `project(se(depthwise(expand(x))))`, plus x if `residual`.
 
-    The expanded map never reaches memory. BatchNorms are folded at each call: a changed weight changes the next output.
+    The expanded map never reaches memory, but for very wide blocks on a GPU. BatchNorms are folded at each call: a
+    changed weight changes the next output.
 
     Args:
         x: [N, C, H, W]; float32, float16, bfloat16 or float64; NCHW or channels_last, slices too.
