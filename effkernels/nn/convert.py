@@ -61,18 +61,18 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def convert(model: Model, *, memory: str = "default") -> Model:
+def convert(model: Model, *, memory: str | None = None) -> Model:
     """Run the MBConv, Fused-MBConv and squeeze-excite blocks of a torchvision or timm model on the fused ops, in place.
 
     Each block's class becomes a subclass of its own class: parameters, `state_dict` keys, hooks, modes and random draws
     stay as they are, and copying, pickling and wrapping work. A block that is altered from inside (hooks on its parts,
     parametrisations, pruning, replaced or quantised children) runs as its own forward says; see `conversion_report`.
-    A second call changes nothing but `memory`.
+    A second call changes nothing, but `memory` if it is given.
 
     Args:
         model: blocks of our own in it are taken as converted.
         memory: "minimal": in training, an MBConv does not keep its expanded map, the widest, but computes it again
-            backward; or "default".
+            backward; or "default". None: as each block has it, at first the default.
 
     Returns:
         `model` itself.
@@ -82,12 +82,13 @@ def convert(model: Model, *, memory: str = "default") -> Model:
         ValueError: it has no such block, or `memory` is none of the above.
     """
     _check("convert", model)
-    check_memory("convert", memory)
+    if memory is not None:
+        check_memory("convert", memory)
     for module in model.modules():
         converted = _conversions(type(module)).get(type(module))
         if converted is not None:
             module.__class__ = converted
-        if isinstance(module, FusedBlock):
+        if isinstance(module, FusedBlock) and memory is not None:
             module.memory = memory
     if not any(isinstance(module, Fused) for module in model.modules()):
         near = "; ".join(str(entry) for entry in conversion_report(model).left if entry.reason != _PLAIN)
