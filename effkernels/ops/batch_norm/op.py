@@ -150,14 +150,24 @@ def fake_statistics(x: Tensor, group: str) -> Tensor:
     return x.new_empty((3 if group else 2, x.shape[1]), dtype=statistics_dtype(x))
 
 
+def settled(stats: Tensor, mean: Tensor | None, var: Tensor | None, x: Tensor, group: str) -> Tensor:
+    """The fixed statistics if there are any, else those of the batch x, and of those of the other processes."""
+    if mean is None:
+        return statistics_of_all(stats, x, group)
+    assert var is not None
+    return torch.stack([mean, var]).to(statistics_dtype(x))
+
+
+def batch_statistics(backend: str, x: Tensor, mean: Tensor | None, var: Tensor | None, group: str) -> Tensor:
+    """`settled`, of a map whose statistics no other pass has taken."""
+    return settled(BN_STATISTICS(backend, x) if mean is None else x.new_empty(0), mean, var, x, group)
+
+
 def _bn_act(
     backend: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, training: bool, group: str, eps: float, act: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if training:
-        stats = statistics_of_all(BN_STATISTICS(backend, x), x.numel() // x.shape[1], group)
-    else:
-        stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
+    stats = batch_statistics(backend, x, *((None, None) if training else (running_mean, running_var)), group)
     return BN_APPLY(backend, x, stats[0], stats[1], gamma, beta, eps, act, Reduce.NONE)[0], stats
 
 
@@ -220,7 +230,7 @@ def bn_act_backward(
         if training or needs[1] or needs[2]:
             sums = sums_of(*given)
             grad_beta, grad_gamma = sums
-            means = means_of_all(sums, stats, x.numel() // x.shape[1], group) if training else None
+            means = means_of_all(sums, stats, x, group) if training else None
         if needs[0]:
             grad_x = backward(*given, means)
     return (

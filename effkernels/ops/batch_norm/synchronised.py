@@ -23,22 +23,27 @@ def group_name(op: str, process_group: Any, backend: str) -> str:
     return process_group.group_name
 
 
-def statistics_of_all(stats: Tensor, count: int, group: str) -> Tensor:
-    """The statistics over all processes from those of `count` values in this one."""
+def count(x: Tensor) -> int:
+    """Of values per channel."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def statistics_of_all(stats: Tensor, x: Tensor, group: str) -> Tensor:
+    """The statistics over all processes from those of x, the batch of this one."""
     if not group:
         return stats
-    if count == 0:
+    if count(x) == 0:
         stats = torch.zeros_like(stats)
     mean, var = stats.double()  # where a large mean costs the variance no digits
-    moments = count * torch.stack([mean, var + mean.square(), torch.ones_like(mean)])
+    moments = count(x) * torch.stack([mean, var + mean.square(), torch.ones_like(mean)])
     mean, square, total = _sum(moments, group)
     mean, square = mean / total, square / total
     return torch.stack([mean, (square - mean.square()).clamp_min(0), total]).to(stats.dtype)
 
 
-def means_of_all(sums: Tensor, stats: Tensor, count: int, group: str) -> Tensor:
-    """The means over all processes, to whose batches `stats` belong, from the sums over `count` values in this one."""
-    return _sum(sums, group) / stats[2] if group else sums / count
+def means_of_all(sums: Tensor, stats: Tensor, x: Tensor, group: str) -> Tensor:
+    """The means over all processes, to whose batches `stats` belong, from the sums over x, the batch of this one."""
+    return _sum(sums, group) / stats[2] if group else sums / count(x)
 
 
 def _sum(values: Tensor, group: str) -> Tensor:

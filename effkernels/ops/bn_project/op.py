@@ -3,7 +3,7 @@
 Of the wide convolution before it only the raw output is stored, and of the projection the raw output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from effkernels.ops.batch_norm.op import (
     BN_BACKWARD_SUMS,
     BN_POOL,
     BN_RESIDUAL,
-    BN_STATISTICS,
     Reduce,
+    batch_statistics,
     fake_statistics,
+    settled,
     statistics_dtype,
 )
-from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
+from effkernels.ops.batch_norm.synchronised import means_of_all
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
 
@@ -59,19 +60,6 @@ def reduction(mean: Tensor | None) -> Reduce:
     return Reduce.STATISTICS if mean is None else Reduce.NONE
 
 
-def settled(stats: Tensor, mean: Tensor | None, var: Tensor | None, y: Tensor, group: str) -> Tensor:
-    """The fixed statistics if there are any, else those of the batch `y`, and of those of the other processes."""
-    if mean is None:
-        return statistics_of_all(stats, count(y), group)
-    assert var is not None
-    return torch.stack([mean, var]).to(stats.dtype)
-
-
-def count(x: Tensor) -> int:
-    """Of values per channel."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
-
-
 def given(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
@@ -104,7 +92,7 @@ def project_backward(
     means3 = None
     if (for_p and not fixed3) or need & (OF_PROJECTION - {"w3"}):
         sums = BN_BACKWARD_SUMS(backend, grad, scale, None, p, *norm3, 0)
-        means3 = None if fixed3 else means_of_all(sums, stats3, count(p), group3)
+        means3 = None if fixed3 else means_of_all(sums, stats3, p, group3)
         grads |= of_norm("3", sums, fixed3, stats3, gamma3, eps3)
     if not for_p:
         return grads, None
@@ -140,6 +128,24 @@ def of_norm(
     }
 
 
+def backward_by_name(
+    inputs: Sequence[str], gradients: Callable[[str, Any, set[str], Tensor], dict[str, Tensor | None]]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an op with the inputs of these names, from the gradients of those in a set, whatever others."""
+
+    def backward(backend: str, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(inputs)
+        need = {name for name, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed}
+        grads = gradients(backend, ctx, need, grad)
+        return tuple(
+            grad.to(dtype) if name in need and (grad := grads.get(name)) is not None else None
+            for name, dtype in zip(inputs, ctx.dtypes, strict=True)
+        )
+
+    return backward
+
+
 def _forward(
     backend: str, x: Tensor,
     gamma2: Tensor | None, beta2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
@@ -149,10 +155,7 @@ def _forward(
     scale: Tensor | None, residual: Tensor | None, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     act2, se_act, gate_act = acts
-    if mean2 is None:
-        stats2 = statistics_of_all(BN_STATISTICS(backend, x), count(x), groups[0])
-    else:
-        stats2 = settled(x.new_empty(0, dtype=statistics_dtype(x)), mean2, var2, x, "")
+    stats2 = batch_statistics(backend, x, mean2, var2, groups[0])
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps[0], act2)
     y, p, stats3, pooled, gate = project(
         backend, x, norm2, v1, c1, v2, c2, se_act, gate_act, w3, bias3, gamma3, beta3, mean3, var3, eps[1], groups[1],
@@ -193,17 +196,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*(arguments[name] for name in _SAVED), *output[1:])
 
 
-def _backward(backend: str, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * len(_INPUTS)
-    need = {name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=True) if needed}
-    grads = _gradients(backend, ctx, need, grad)
-    return tuple(
-        grad.to(dtype) if name in need and (grad := grads.get(name)) is not None else None
-        for name, dtype in zip(_INPUTS, ctx.dtypes, strict=True)
-    )
-
-
 def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
     x, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale, p, stats2, stats3, pooled, gate = ctx.saved_tensors
     act2, se_act, gate_act = ctx.acts
@@ -221,7 +213,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         G, shift, sums = rest
         grads |= of_norm("2", sums, fixed2, stats2, gamma2, eps2)
         if "x" in need:
-            means2 = None if fixed2 else means_of_all(sums, stats2, count(x), ctx.groups[0])
+            means2 = None if fixed2 else means_of_all(sums, stats2, x, ctx.groups[0])
             grads["x"] = BN_BACKWARD(backend, G, gate, shift, x, *norm2, means2)
     return grads
 
@@ -240,6 +232,6 @@ BN_PROJECT = Op(
     backends=("cpp", "triton"),
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=backward_by_name(_INPUTS, _gradients),
 )
 BN_PROJECT.compose(_forward)

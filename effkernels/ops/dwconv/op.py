@@ -17,9 +17,10 @@ from effkernels.ops.batch_norm.op import (
     bn_act_backward,
     fake_statistics,
     fake_sums,
+    settled,
     statistics_dtype,
 )
-from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
+from effkernels.ops.batch_norm.synchronised import means_of_all
 
 aten = torch.ops.aten
 NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
@@ -111,10 +112,7 @@ def _dwconv_bn_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     reduce = Reduce.STATISTICS if training else Reduce.NONE
     d, stats = DWCONV(backend, x, weight, *NO_NORM, *NO_NORM, stride, pad_top, pad_left, out_h, out_w, reduce)
-    if training:
-        stats = statistics_of_all(stats, d.numel() // d.shape[1], group)
-    else:
-        stats = torch.stack([running_mean, running_var]).to(statistics_dtype(x))  # type: ignore[list-item]
+    stats = settled(stats, *((None, None) if training else (running_mean, running_var)), d, group)
     pooling = Reduce.MEAN if pool else Reduce.NONE
     y, pooled = BN_APPLY(backend, d, stats[0], stats[1], gamma, beta, eps, act, pooling)
     return y, pooled, d, stats
@@ -163,7 +161,7 @@ def _backward_by_phases(
     means = grad_gamma = grad_beta = None
     if ctx.training or need_gamma or need_beta:
         sums = BN_BACKWARD_SUMS(backend, grad_y, None, shift, d, *norm)
-        means = means_of_all(sums, stats, d.numel() // d.shape[1], ctx.group) if ctx.training else None
+        means = means_of_all(sums, stats, d, ctx.group) if ctx.training else None
         grad_beta, grad_gamma = sums
     grad_x = grad_weight = None
     if need_x or need_weight:

@@ -13,9 +13,9 @@ from torch._prims_common import suggest_memory_format
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.op import BN_APPLY, BN_STATISTICS, Reduce, statistics_dtype
-from effkernels.ops.batch_norm.synchronised import means_of_all
-from effkernels.ops.bn_project.op import count, given, of_norm, project, project_backward, reduction, settled
+from effkernels.ops.batch_norm.op import BN_APPLY, BN_STATISTICS, Reduce, settled, statistics_dtype
+from effkernels.ops.batch_norm.synchronised import count, means_of_all
+from effkernels.ops.bn_project.op import backward_by_name, given, of_norm, project, project_backward, reduction
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 
@@ -105,17 +105,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*(given[name] for name in _SAVED), *output[1:])
 
 
-def _backward(backend: str, ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * len(_INPUTS)
-    need = {name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=True) if needed}
-    grads = _gradients(backend, ctx, need, grad)
-    return tuple(
-        grad.to(dtype) if name in need and (grad := grads.get(name)) is not None else None
-        for name, dtype in zip(_INPUTS, ctx.dtypes, strict=True)
-    )
-
-
 def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
     saved = ctx.saved_tensors
     x, w1, bias1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
@@ -141,7 +130,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     if not for_conv:
         return grads
 
-    means2 = None if fixed2 else means_of_all(sums, stats2, count(d), group2)
+    means2 = None if fixed2 else means_of_all(sums, stats2, d, group2)
     if w1 is not None and not ctx.keep:
         wide_bias = None if bias1 is None else bias1.to(stats1.dtype)
         e, _ = POINTWISE(backend, x, w1, *NO_NORM, None, wide_bias, None, Reduce.NONE)
@@ -157,7 +146,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         grads |= of_norm("1", sums, fixed1, stats1, gamma1, eps1)
         if not need & {"x", "w1"}:
             return grads
-        means1 = None if fixed1 else means_of_all(sums, stats1, count(x), group1)
+        means1 = None if fixed1 else means_of_all(sums, stats1, x, group1)
         grads |= _expand_backward(
             backend, dz1, sums, x, w1, bias1, stats1, gamma1, eps1, means1, group1, grad if ctx.residual else None, need
         )
@@ -192,7 +181,7 @@ def _expand_backward(
     if "w1" in need:
         if means is not None:
             centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
-            product = product - slope @ _outer(centred, centred)
+            product = product - slope @ _gram(centred)
         if group:
             product = product + torch.outer(sums[0] - count(x) * level, mean)
         grads["w1"] = a * product
@@ -207,14 +196,14 @@ def _expand_backward(
     return grads
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over batch and map of a b^T, [N, M, H, W], [N, C, H, W] -> [M, C], in at least float32."""
-    wide = statistics_dtype(a)
-    if suggest_memory_format(a) == torch.channels_last:
-        rows = [t.permute(0, 2, 3, 1).flatten(0, 2).to(wide) for t in (a, b)]
-        return rows[0].T @ rows[1]
-    columns = [t.flatten(2).to(wide) for t in (a, b)]
-    return (columns[0] @ columns[1].transpose(1, 2)).sum(0)
+def _gram(x: Tensor) -> Tensor:
+    """The sum over batch and map of x x^T, [N, C, H, W] -> [C, C], in at least float32."""
+    wide = x.to(statistics_dtype(x))
+    if suggest_memory_format(x) == torch.channels_last:
+        rows = wide.permute(0, 2, 3, 1).flatten(0, 2)
+        return rows.T @ rows
+    columns = wide.flatten(2)
+    return (columns @ columns.transpose(1, 2)).sum(0)
 
 
 # y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where
@@ -238,6 +227,6 @@ MBCONV = Op(
     backends=("cpp", "triton"),
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=backward_by_name(_INPUTS, _gradients),
 )
 MBCONV.compose(_forward)
