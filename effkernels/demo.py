@@ -58,8 +58,9 @@ def measure(image: pathlib.Path, progress: Progress, repeats: int = REPEATS) -> 
     """
     from torchvision.models import efficientnet_b0
 
-    from effkernels.profiling import block_bytes, time_blocks
+    from effkernels.profiling import Workload, record, time_blocks
     from effkernels.profiling.report import EAGER, FUSED, Report, Run, machine
+    from effkernels.profiling.timing import STEP
 
     steps = progress.add_task("EfficientNet-B0", total=repeats + 3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,21 +85,22 @@ def measure(image: pathlib.Path, progress: Progress, repeats: int = REPEATS) -> 
         )
     progress.advance(steps)
 
-    variants: dict[Any, torch.nn.Module] = {}
-    inputs: dict[Any, torch.Tensor] = {}
+    variants: dict[Any, Workload] = {}
     for name, network in networks.items():
         for layout, memory_format in LAYOUTS.items():
-            variants[name, layout] = copy.deepcopy(network).to(memory_format=memory_format)
-            inputs[name, layout] = images.contiguous(memory_format=memory_format)
-    times = time_blocks(
-        variants, blocks, inputs, repeats=repeats, seconds=SECONDS, on_repeat=lambda: progress.advance(steps)
-    )
+            model = copy.deepcopy(network).to(memory_format=memory_format)
+            variants[name, layout] = Workload(model, images.contiguous(memory_format=memory_format))
+    found = time_blocks(variants, blocks, repeats=repeats, seconds=SECONDS, on_repeat=lambda: progress.advance(steps))
+    times = {key: phases[STEP] for key, phases in found.items()}
 
     runs = {}
     for name in networks:
         totals = {layout: times[name, layout].pop("") for layout in LAYOUTS}
         best, other = sorted(LAYOUTS, key=lambda layout: totals[layout].median)
-        bytes_of = block_bytes(variants[name, best], blocks, inputs[name, best])
+        bytes_of = dict.fromkeys(blocks, 0)
+        for launch in record(variants[name, best], blocks).launches:
+            if launch.block:
+                bytes_of[launch.block] += launch.bytes
         runs[name] = Run(best, totals[other].median, totals[best], times[name, best], bytes_of, errors[name])
     progress.update(steps, completed=repeats + 3)
     n, _, h, w = images.shape

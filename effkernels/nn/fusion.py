@@ -12,7 +12,7 @@ from effkernels import backends
 from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
-from effkernels.ops._checks import autocast_dtype
+from effkernels.ops._checks import autocast_dtype, autocasts
 from effkernels.ops.bn_project import Stage, bn_project
 from effkernels.ops.conv_inference import Convolution, conv_bn_act, pack_convolution
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
@@ -148,7 +148,7 @@ def _run_whole(block: Block, x: Tensor) -> Tensor:
 
 def adds_x(block: Block, device: str = "cpu") -> bool:
     """Whether the shortcut is a plain sum in the dtype of x."""
-    return block.shortcut is not None and parts.passes(block.drop_path) and not torch.is_autocast_enabled(device)
+    return block.shortcut is not None and parts.passes(block.drop_path) and not autocasts(device)
 
 
 def packed(found: Block | Layer) -> Callable[[Tensor], Tensor] | None:

@@ -49,10 +49,13 @@ def parameter_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts the arguments of a convolution of x to; None where it leaves them alone."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if autocasts(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return None
+
+
+def autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def code(op: str, name: str, value: str, accepted: dict[str, int]) -> int:

@@ -4,7 +4,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -19,12 +19,31 @@ COMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 OPS: dict[torch._ops.OpOverload, "Op"] = {}
 
 
+class Flops(NamedTuple):
+    """The operations of convolutions and matrix products, two for a multiply-add."""
+
+    matrix: int = 0  # of those that matrix units can take
+    depthwise: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.matrix + self.depthwise
+
+
+class Access(NamedTuple):
+    """The bytes of a tensor that a call reads and writes."""
+
+    tensor: torch.Tensor
+    read: int = 0
+    written: int = 0
+
+
 class Op:
     """`effkernels::<name>.<backend>` for each of `backends`, by default every kernel backend.
 
     Every backend is an overload with the same schema, so that a traced graph says which kernel it runs. C++ registers
     its overloads when its library is loaded; Python ones are given to `implement`. Ops are functional. `backward` is
-    called as `backward(backend, ctx, *grads)`.
+    called as `backward(backend, ctx, *grads)`, `flops` and what `accesses` asks as the op itself.
     """
 
     def __init__(
@@ -36,15 +55,17 @@ class Op:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         backends: Sequence[str] = KERNEL_BACKENDS,
-        unseen_bytes: Callable[..., int] | None = None,
-        parts_read: Callable[..., dict[str, Sequence[int]]] | None = None,
-        flops: Callable[..., int] | None = None,
+        parts_read: Callable[..., dict[str, Sequence[int]]] = lambda *_: {},
+        times_read: Callable[..., dict[str, int]] = lambda *_: {},
+        scratch: Callable[..., dict[str, torch.Tensor]] = lambda *_: {},
+        flops: Callable[..., Flops] = lambda *_: Flops(),
     ) -> None:
         self.name = name
         self.fake = fake
-        self._unseen_bytes = unseen_bytes
         self._parts_read = parts_read
-        self._flops = flops
+        self._times_read = times_read
+        self._scratch = scratch
+        self.flops = flops
         self._functions: dict[str, Any] = {}
         self.overloads: dict[str, torch._ops.OpOverload] = {}
         for backend in backends:
@@ -81,28 +102,31 @@ class Op:
 
         self.implement("triton", implementation)
 
-    def bytes(self, arguments: Sequence[Any], outputs: Any) -> dict[str, int]:
-        """Of each tensor argument the bytes that a call reads at least once, of each output those that it writes.
+    def accesses(self, arguments: Sequence[Any], outputs: Any) -> dict[str, Access]:
+        """What a call reads of each tensor argument and writes of each output, at least.
 
-        Arguments are read whole, unless `parts_read` gave the shape of a part. `unseen_bytes` are what it reads and
-        writes beside that.
+        Arguments are read whole and once, unless `parts_read` gave the shape of a part and `times_read` a number.
+        `scratch` are maps in memory of its own, written and read once, as meta tensors.
         """
         schema = next(iter(self.overloads.values()))._schema
         given = zip(schema.arguments, arguments, strict=True)
         tensors = {argument.name: t for argument, t in given if isinstance(t, torch.Tensor)}
         if any(t.numel() == 0 for t in tensors.values()):
-            return dict.fromkeys(tensors, 0)  # nothing is launched
-        parts = self._parts_read(*arguments) if self._parts_read else {}
-        amounts = {name: _size(parts.get(name, t.shape), t) for name, t in tensors.items()}
+            return {name: Access(t) for name, t in tensors.items()}  # nothing is launched
+        parts, times = self._parts_read(*arguments), self._times_read(*arguments)
+        found = {
+            name: Access(t, read=size(t, parts.get(name, t.shape)) * times.get(name, 1)) for name, t in tensors.items()
+        }
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        amounts |= {r.name or "result": _size(t.shape, t) for r, t in zip(schema.returns, outputs, strict=True)}
-        if self._unseen_bytes:
-            amounts["unseen"] = self._unseen_bytes(*arguments)
-        return amounts
+        for returned, t in zip(schema.returns, outputs, strict=True):
+            found[returned.name or "result"] = Access(t, written=size(t))
+        for name, t in self._scratch(*arguments).items():
+            found[name] = Access(t, read=size(t), written=size(t))
+        return found
 
-    def flops(self, *args: Any) -> int:
-        """The operations of the op's convolutions and matrix products, two for a multiply-add."""
-        return self._flops(*args) if self._flops else 0
+    def bytes(self, arguments: Sequence[Any], outputs: Any) -> dict[str, int]:
+        """Of each tensor of `accesses` the bytes read and written."""
+        return {name: a.read + a.written for name, a in self.accesses(arguments, outputs).items()}
 
     def __call__(self, backend: str, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -121,10 +145,10 @@ class Op:
         return self.overloads[backend](*args)
 
 
-def _size(shape: Sequence[int], tensor: torch.Tensor) -> int:
-    """The bytes of a part of `tensor` with this shape; those of an expanded dimension count once."""
-    sizes = (size for size, stride in zip(shape, tensor.stride(), strict=True) if stride)
-    return math.prod(sizes) * tensor.element_size()
+def size(tensor: torch.Tensor, shape: Sequence[int] | None = None) -> int:
+    """The bytes of `tensor`, or of a part of it with this shape; those of an expanded dimension count once."""
+    sizes = zip(tensor.shape if shape is None else shape, tensor.stride(), strict=True)
+    return math.prod(length for length, stride in sizes if stride) * tensor.element_size()
 
 
 def _has_tangent(argument: Any) -> bool:

@@ -1,6 +1,21 @@
-"""What a model costs, block by block: measured time, and bytes counted from the ops that run."""
+"""What a model costs, block by block: measured time, and bytes and operations counted from the ops that run."""
 
+from effkernels.profiling.gpus import GPUS, Ceilings
+from effkernels.profiling.launches import Launch, count_bytes, record
+from effkernels.profiling.meta import as_on_gpu, gpu_backend, on_meta
 from effkernels.profiling.timing import Spread, time_blocks
-from effkernels.profiling.traffic import block_bytes, count_bytes
+from effkernels.profiling.workload import Workload
 
-__all__ = ["Spread", "block_bytes", "count_bytes", "time_blocks"]
+__all__ = [
+    "GPUS",
+    "Ceilings",
+    "Launch",
+    "Spread",
+    "Workload",
+    "as_on_gpu",
+    "count_bytes",
+    "gpu_backend",
+    "on_meta",
+    "record",
+    "time_blocks",
+]

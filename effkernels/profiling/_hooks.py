@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
+Watch = Callable[[str, Any], None]  # of a block's name, and its inputs or outputs
+
 
 @contextmanager
-def around_blocks(
-    model: nn.Module, blocks: Sequence[str], before: Callable[[str], None], after: Callable[[str], None]
-) -> Iterator[None]:
-    """Call `before(name)` and `after(name)` around each call of the submodules named `blocks`."""
+def around_blocks(model: nn.Module, blocks: Sequence[str], before: Watch, after: Watch) -> Iterator[None]:
+    """Call `before(name, inputs)` and `after(name, outputs)` around each call of the submodules named `blocks`."""
 
-    def hook(call: Callable[[str], None], name: str, *_: Any) -> None:
-        call(name)
+    def hook(call: Watch, name: str, _: nn.Module, *values: Any) -> None:
+        call(name, values[-1])
 
     handles = []
     for name in blocks:

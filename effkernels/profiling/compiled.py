@@ -37,6 +37,7 @@ from effkernels.models import create_model
 from effkernels.models.configs import CONFIGS
 from effkernels.nn import MBConv
 from effkernels.profiling.machine_code import CHIPS, kernels, occupancy
+from effkernels.profiling.meta import as_on_gpu
 
 TABLE = _build.PACKAGE.parent / "docs" / "compiled_kernels.csv"
 SUMMARY = TABLE.with_suffix(".md")
@@ -249,7 +250,7 @@ def _triton_on_meta() -> Iterator[None]:
     driver = triton.runtime.driver._active
     triton.runtime.driver.set_active(_NoGPU())
     try:
-        with mock.patch.dict(backends.DEVICES, triton=("meta",)), backends.use_backend("triton"), _Implementations():
+        with as_on_gpu(), backends.use_backend("triton"), _Implementations():
             yield
     finally:
         triton.runtime.driver._active = driver

@@ -9,12 +9,12 @@ from torch import Tensor
 
 def saved_bytes(function: Callable[..., Any], *args: Any, parameters: Iterable[Tensor] = ()) -> list[int]:
     """The bytes of each storage that `function(*args)` keeps for its backward pass, without `parameters`."""
-    given = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no other gets the address
+    given = {p.untyped_storage()._cdata for p in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}  # by address, and alive, so that no other gets it
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+        kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -10,8 +10,8 @@ from effkernels import backends, ops, use_backend
 from effkernels.ops.bn_project import Stage
 from effkernels.ops.mbconv import Gate
 from effkernels.ops.mbconv.op import MBCONV
+from effkernels.profiling import count_bytes
 from effkernels.profiling.saved import saved_bytes
-from effkernels.profiling.traffic import count_bytes
 
 f32, f64 = torch.float32, torch.float64
 BACKENDS = [

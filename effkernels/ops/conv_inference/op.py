@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import Op
+from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import statistics_dtype
 
 _LAYER = "Tensor weight, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps"
@@ -19,7 +19,11 @@ def _conv_inference_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
 
 # act(bn(conv(x))) + shortcut; weight [out, C, kh, kw].
 CONV_INFERENCE = Op(
-    "conv_inference", f"(Tensor x, {_LAYER}, {_CALL}) -> Tensor", fake=_conv_inference_fake, backends=("cpp",)
+    "conv_inference",
+    f"(Tensor x, {_LAYER}, {_CALL}) -> Tensor",
+    fake=_conv_inference_fake,
+    backends=("cpp",),
+    flops=lambda x, weight, *rest: Flops(2 * x.shape[0] * weight.numel() * rest[-2] * rest[-1]),
 )
 
 
@@ -35,9 +39,15 @@ def _conv_packed_fake(x: Tensor, packed: Tensor, out_channels: int, *arguments: 
     return empty_map(x, (x.shape[0], out_channels, *arguments[-2:]))
 
 
+def _conv_packed_flops(x: Tensor, packed: Tensor, out_channels: int, *rest: Any) -> Flops:
+    kernel_h, kernel_w, *_, out_h, out_w = rest
+    return Flops(2 * x.shape[0] * out_channels * x.shape[1] * kernel_h * kernel_w * out_h * out_w)
+
+
 CONV_PACKED = Op(
     "conv_packed",
     f"(Tensor x, Tensor packed, int out_channels, int kernel_h, int kernel_w, {_CALL}) -> Tensor",
     fake=_conv_packed_fake,
     backends=("cpp",),
+    flops=_conv_packed_flops,
 )

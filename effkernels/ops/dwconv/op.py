@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effkernels.ops._geometry import covered, extra_padding
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import Op
+from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import (
     BN_APPLY,
     BN_BACKWARD_SUMS,
@@ -43,9 +43,9 @@ def _dwconv_parts_read(x: Tensor, weight: Tensor, *rest: Any) -> dict[str, Seque
     return {"x": (n, c, covered(h, out_h, top, k, stride), covered(w, out_w, left, k, stride))}
 
 
-def _dwconv_flops(x: Tensor, weight: Tensor, *rest: Any) -> int:
+def _dwconv_flops(x: Tensor, weight: Tensor, *rest: Any) -> Flops:
     *_, out_h, out_w, _ = rest
-    return 2 * x.shape[0] * weight.numel() * out_h * out_w
+    return Flops(depthwise=2 * x.shape[0] * weight.numel() * out_h * out_w)
 
 
 # y = act2(bn2(conv(act1(bn1(x))))): prologue and epilogue are applied where their mean is given; padding is zero after
@@ -80,6 +80,11 @@ def _dwconv_backward_fake(
     )
 
 
+def _dwconv_backward_flops(*arguments: Any) -> Flops:
+    y, weight, (need_input, need_weight) = arguments[3], arguments[11], arguments[-2:]
+    return Flops(depthwise=(need_input + need_weight) * 2 * y.numel() * weight.shape[2] ** 2)
+
+
 # The backward of y = conv(act1(bn1(x))), where y went on through act2(bn2(y)) and grad * scale + shift is the gradient
 # of what came out; scale and shift are [N, C], without them 1 and 0. With dz2 that of bn2(y) and dy that of y,
 #     dz2 = (grad * scale + shift) * act2'(bn2(y)),
@@ -100,6 +105,7 @@ DWCONV_BACKWARD = Op(
     " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
     backends=("cpp", "triton"),
     fake=_dwconv_backward_fake,
+    flops=_dwconv_backward_flops,
 )
 DWCONV_BACKWARD.implement_in_triton("effkernels.ops.dwconv.triton")
 

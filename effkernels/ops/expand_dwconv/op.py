@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effkernels.ops._geometry import covered
-from effkernels.ops._op import Op
+from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import statistics_dtype
 
 
@@ -25,10 +25,10 @@ def _expand_dwconv_parts_read(x: Tensor, *rest: Any) -> dict[str, Sequence[int]]
     return {"x": (n, c, covered(h, out_h, top, k, stride), covered(w, out_w, left, k, stride))}
 
 
-def _expand_dwconv_flops(x: Tensor, expand: Tensor, *rest: Any) -> int:
+def _expand_dwconv_flops(x: Tensor, expand: Tensor, *rest: Any) -> Flops:
     depthwise = rest[6]
     *_, out_h, out_w, _ = rest
-    return 2 * x[:, 0].numel() * expand.numel() + 2 * x.shape[0] * depthwise.numel() * out_h * out_w
+    return Flops(2 * x[:, 0].numel() * expand.numel(), 2 * x.shape[0] * depthwise.numel() * out_h * out_w)
 
 
 # d = act2(bn2(dwconv(act1(bn1(expand x))))), with zeros around the expanded map; expand is [hidden, C], depthwise

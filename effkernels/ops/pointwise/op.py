@@ -1,10 +1,12 @@
 """The 1x1 convolution between its neighbours: the phases `pointwise` and `pointwise_backward`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import Op
+from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import fake_sums, statistics_dtype
 
 
@@ -27,6 +29,7 @@ POINTWISE = Op(
     " Tensor? gate, Tensor? bias, Tensor? residual, int reduce) -> (Tensor y, Tensor sums)",
     backends=("cpp", "triton"),
     fake=_pointwise_fake,
+    flops=lambda x, weight, *_: Flops(2 * x[:, 0].numel() * weight.numel()),
 )
 POINTWISE.implement_in_triton("effkernels.ops.pointwise.triton")
 
@@ -44,6 +47,11 @@ def _pointwise_backward_fake(
         x.new_empty((3, n, c) if need_input else (0,), dtype=wide),
         torch.empty_like(weight, dtype=wide) if need_weight else x.new_empty(0, dtype=wide),
     )
+
+
+def _pointwise_backward_flops(*arguments: Any) -> Flops:
+    y, weight, (need_input, need_weight) = arguments[2], arguments[8], arguments[-2:]
+    return Flops((need_input + need_weight) * 2 * y[:, 0].numel() * weight.numel())
 
 
 # The backward of y = weight (h * gate), h = act1(bn1(x)), where y went on through bn2 and `scale` [N, O] and `grad` is
@@ -64,5 +72,6 @@ POINTWISE_BACKWARD = Op(
     " -> (Tensor grad_gated, Tensor sums, Tensor grad_weight)",
     backends=("cpp", "triton"),
     fake=_pointwise_backward_fake,
+    flops=_pointwise_backward_flops,
 )
 POINTWISE_BACKWARD.implement_in_triton("effkernels.ops.pointwise.triton")

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import Op
+from effkernels.ops._op import Flops, Op
 
 
 def _pointwise_inference_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -21,5 +21,5 @@ POINTWISE_INFERENCE = Op(
     " Tensor? gate, Tensor? residual) -> Tensor",
     backends=("cuda",),
     fake=_pointwise_inference_fake,
-    flops=lambda x, weight, *_: 2 * x[:, 0].numel() * weight.numel(),
+    flops=lambda x, weight, *_: Flops(2 * x[:, 0].numel() * weight.numel()),
 )

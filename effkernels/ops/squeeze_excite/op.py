@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effkernels.ops._activation import activate, activate_backward
 from effkernels.ops._layout import empty_map
-from effkernels.ops._op import Op
+from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import spread, statistics_dtype
 
 
@@ -78,7 +78,7 @@ SE_GATE = Op(
     fake=_se_gate_fake,
     setup_context=_se_gate_setup,
     backward=_se_gate_backward,
-    flops=lambda pooled, w1, b1, w2, *_: 2 * pooled.shape[0] * (w1.numel() + w2.numel()),
+    flops=lambda pooled, w1, b1, w2, *_: Flops(2 * pooled.shape[0] * (w1.numel() + w2.numel())),
 )
 SE_GATE.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 
