@@ -46,7 +46,8 @@ class Recorder(TorchDispatchMode):
             return result
         else:
             kernel = "PyTorch's own"
-            maps = {t.data_ptr(): t.nbytes for t in (*args, *outputs) if _is_map(t)}
+            # What is altered in place is read and written.
+            maps = {(i, t.data_ptr()): t.nbytes for i, ts in enumerate((args, outputs)) for t in ts if _is_map(t)}
         if maps:
             self.calls[kernel] += 1
             self.bytes[kernel] += sum(maps.values()) // BATCH // 2  # as float16

@@ -116,8 +116,7 @@ ONLY = {
     "depthwise.conv.weight": ["bn_backward_sums", "pointwise_backward input", "dwconv_backward weight"],
     "expand.bn.weight": ["bn_backward_sums", "pointwise_backward input", "dwconv_backward input"],
     "expand.conv.weight": [
-        *("bn_backward_sums", "pointwise_backward input", "dwconv_backward input"),
-        *("bn_statistics", "pointwise_backward weight", "bn_apply"),
+        *("bn_backward_sums", "pointwise_backward input", "dwconv_backward input", "pointwise_backward weight"),
     ],
 }
 

@@ -9,8 +9,10 @@ import torch
 
 from effkernels.ops._activation import Activation
 from effkernels.ops._cases import Norm, cases_for
-from effkernels.ops.batch_norm.cases import BnApply
-from effkernels.ops.dwconv.cases import Dwconv
+from effkernels.ops.batch_norm.cases import SILU, BnApply, BnBackward, BnBackwardSums, BnPool, BnResidual, BnStatistics
+from effkernels.ops.batch_norm.op import Reduce
+from effkernels.ops.dwconv.cases import Dwconv, DwconvBackward
+from effkernels.ops.pointwise.cases import Pointwise, PointwiseBackward
 
 FOLDER = os.environ.get("EFFKERNELS_PTXRUN")
 if not FOLDER:
@@ -73,3 +75,38 @@ def test_every_value_is_loaded_in_full_sectors(layout):
     assert conv.buffer("x_ptr").load_efficiency >= (1 if layout == "channels_last" else 0.65)
     # What a block reads again is rows above its band and columns beside its tile.
     assert conv.buffer("x_ptr").block_sectors * 32 <= 1.8 * size
+
+
+MAPS = {"grad_ptr", "x_ptr", "y_ptr", "residual_ptr", "out_ptr"}
+
+
+def _of_training(layout):
+    """Each phase as a training step calls it, on dense maps of whole sectors."""
+    of_map = dict(shape=(2, 32, 16, 16), layout=layout, dtype=torch.float16)
+    return [
+        BnStatistics(**of_map),
+        BnPool(slopes=True, **of_map),
+        BnResidual(scale=True, **of_map),
+        BnBackwardSums(scaled=True, **of_map),
+        BnBackward(scaled=True, **of_map),
+        Dwconv(prologue=SILU, reduce=Reduce.STATISTICS, **of_map),
+        *(DwconvBackward(prologue=SILU, stride=stride, **of_map) for stride in (1, 2)),
+        Pointwise(outputs=48, norm=SILU, gated=True, reduce=Reduce.STATISTICS, **of_map),
+        PointwiseBackward(outputs=48, gated=True, **of_map),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for layout in ("nchw", "channels_last") for c in _of_training(layout)], ids=str)
+def test_maps_are_read_and_written_once(case):
+    """The maps of a training phase move as its `bytes` say, not a sector more."""
+    arguments = case.arguments()
+    with ptxrun.triton_fixture(80, profile=True) as driver:
+        outputs = case.op("triton", *arguments)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    schema = next(iter(case.op.overloads.values()))._schema
+    tensors = zip((*schema.arguments, *schema.returns), (*arguments, *outputs), strict=True)
+    maps = {a.name or "result" for a, t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4} - {"weight"}
+    said = case.op.bytes(arguments, outputs)
+    buffers = [b for result in driver.results for b in result.profile.buffers if MAPS & {*b.name.split()}]
+    assert 32 * sum(b.unique_loaded + b.unique_stored for b in buffers) == sum(said[name] for name in maps)

@@ -93,7 +93,7 @@ def project_backward(
     if (for_p and not fixed3) or need & (OF_PROJECTION - {"w3"}):
         sums = BN_BACKWARD_SUMS(backend, grad, scale, None, p, *norm3, 0)
         means3 = None if fixed3 else means_of_all(sums, stats3, p, group3)
-        grads |= of_norm("3", sums, fixed3, stats3, gamma3, eps3)
+        grads |= of_norm("3", need, sums, fixed3, stats3, gamma3, eps3)
     if not for_p:
         return grads, None
     G, sums, grads["w3"] = POINTWISE_BACKWARD(
@@ -117,15 +117,15 @@ def project_backward(
 
 
 def of_norm(
-    number: str, sums: Tensor, fixed: bool, stats: Tensor, gamma: Tensor | None, eps: float
+    number: str, need: set[str], sums: Tensor, fixed: bool, stats: Tensor, gamma: Tensor | None, eps: float
 ) -> dict[str, Tensor | None]:
     """Of a BatchNorm's parameters, and of the bias of the convolution before it, which batch statistics cancel."""
-    factor = (stats[1] + eps).rsqrt() if gamma is None else (stats[1] + eps).rsqrt() * gamma
-    return {
-        f"gamma{number}": sums[1],
-        f"beta{number}": sums[0],
-        f"bias{number}": sums[0] * factor if fixed else torch.zeros_like(sums[0]),
-    }
+    of_beta, of_gamma = sums.unbind()
+    grads: dict[str, Tensor | None] = {f"gamma{number}": of_gamma, f"beta{number}": of_beta}
+    if (bias := f"bias{number}") in need:
+        factor = (stats[1] + eps).rsqrt() if gamma is None else (stats[1] + eps).rsqrt() * gamma
+        grads[bias] = of_beta * factor if fixed else torch.zeros_like(of_beta)
+    return grads
 
 
 def backward_by_name(
@@ -211,7 +211,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     grads["residual"] = grad
     if rest is not None:
         G, shift, sums = rest
-        grads |= of_norm("2", sums, fixed2, stats2, gamma2, eps2)
+        grads |= of_norm("2", need, sums, fixed2, stats2, gamma2, eps2)
         if "x" in need:
             means2 = None if fixed2 else means_of_all(sums, stats2, x, ctx.groups[0])
             grads["x"] = BN_BACKWARD(backend, G, gate, shift, x, *norm2, means2)

@@ -13,8 +13,8 @@ from torch._prims_common import suggest_memory_format
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.op import BN_APPLY, BN_STATISTICS, Reduce, settled, statistics_dtype
-from effkernels.ops.batch_norm.synchronised import count, means_of_all
+from effkernels.ops.batch_norm.op import Reduce, settled, statistics_dtype
+from effkernels.ops.batch_norm.synchronised import means_of_all
 from effkernels.ops.bn_project.op import backward_by_name, given, of_norm, project, project_backward, reduction
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
@@ -126,7 +126,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     if rest is None:
         return grads
     G, shift, sums = rest
-    grads |= of_norm("2", sums, fixed2, stats2, gamma2, eps2)
+    grads |= of_norm("2", need, sums, fixed2, stats2, gamma2, eps2)
     if not for_conv:
         return grads
 
@@ -140,70 +140,20 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         backend, G, gate, shift, d, *norm2, means2, w2, source, *prologue, stride, top, left,
         bool(for_e), "w2" in need,
     )  # fmt: skip
-    if w1 is None:
-        grads["x"] = dz1 + grad if ctx.residual else dz1
-    elif for_e:
-        grads |= of_norm("1", sums, fixed1, stats1, gamma1, eps1)
+    dx = dz1
+    if w1 is not None and for_e:
+        grads |= of_norm("1", need, sums, fixed1, stats1, gamma1, eps1)
         if not need & {"x", "w1"}:
             return grads
-        means1 = None if fixed1 else means_of_all(sums, stats1, x, group1)
-        grads |= _expand_backward(
-            backend, dz1, sums, x, w1, bias1, stats1, gamma1, eps1, means1, group1, grad if ctx.residual else None, need
-        )
-    return grads
-
-
-def _expand_backward(
-    backend: str, dz: Tensor, sums: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor,
-    gamma: Tensor | None, eps: float, means: Tensor | None, group: str, residual: Tensor | None, need: set[str],
-) -> dict[str, Tensor | None]:  # fmt: skip
-    """The gradients of x and of the expand weight [M, C], without e.
-
-    de = a (dz - means[0] - ehat means[1]) is affine in ehat = r weight (x - mean of x), and so in x: what is left of e
-    are a matrix C x C and a constant. x is centred first; its raw second moments would cancel.
-    """
-    w = weight.to(stats.dtype)
-    r = (stats[1] + eps).rsqrt()
-    a = (r if gamma is None else r * gamma)[:, None]
-    back = (a * w).to(x.dtype)
-    mean = x.new_zeros(x.shape[1], dtype=w.dtype) if means is None else BN_STATISTICS(backend, x)[0]
-    centring = (mean, torch.ones_like(mean), None, None, 0.0, 0)
-    dx, _, product = POINTWISE_BACKWARD(
-        backend, dz, None, dz, torch.zeros_like(r), torch.ones_like(r), None, 0.0, None, back, x, *centring, None,
-        "x" in need, "w1" in need,
-    )  # fmt: skip
-    grads: dict[str, Tensor | None] = {}
-    if means is not None:
-        slope = (means[1] * r)[:, None] * w  # of ehat's part, [M, C]
-        level = means[0]
-        if group:  # This process's part of the batch has a mean of ehat, and a sum of de, that are not 0.
-            level = level + means[1] * r * (w @ mean + (0 if bias is None else bias.to(w.dtype)) - stats[0])
-    if "w1" in need:
-        if means is not None:
-            centred, _ = BN_APPLY(backend, x, *centring, Reduce.NONE)
-            product = product - slope @ _gram(centred)
-        if group:
-            product = product + torch.outer(sums[0] - count(x) * level, mean)
-        grads["w1"] = a * product
+        means1 = None if fixed1 else means_of_all(sums, stats1, e, group1)
+        zeros = x.new_zeros(x.shape[1], dtype=stats1.dtype)
+        dx, _, grads["w1"] = POINTWISE_BACKWARD(
+            backend, dz1, None, e, stats1[0], stats1[1], gamma1, eps1, means1, w1,
+            x, zeros, torch.ones_like(zeros), None, None, 0.0, 0, None, "x" in need, "w1" in need,
+        )  # fmt: skip
     if "x" in need:
-        if residual is not None:
-            dx = dx + residual
-        if means is not None:
-            correction = (w.T @ (a * slope)).to(x.dtype)  # [C, C]
-            constant = -(w.T @ (a * level[:, None]))[:, 0]
-            dx, _ = POINTWISE(backend, x, -correction, *centring, None, constant, dx, Reduce.NONE)
-        grads["x"] = dx
+        grads["x"] = dx.add_(grad) if ctx.residual else dx
     return grads
-
-
-def _gram(x: Tensor) -> Tensor:
-    """The sum over batch and map of x x^T, [N, C, H, W] -> [C, C], in at least float32."""
-    wide = x.to(statistics_dtype(x))
-    if suggest_memory_format(x) == torch.channels_last:
-        rows = wide.permute(0, 2, 3, 1).flatten(0, 2)
-        return rows.T @ rows
-    columns = wide.flatten(2)
-    return (columns @ columns.transpose(1, 2)).sum(0)
 
 
 # y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where
