@@ -12,6 +12,7 @@ from effkernels.nn import (
     conversion_report,
     convert,
     freeze,
+    graph,
     revert,
     unfreeze,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "explain",
     "freeze",
+    "graph",
     "models",
     "ops",
     "revert",

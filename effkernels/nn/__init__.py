@@ -2,6 +2,7 @@
 
 from effkernels.nn.convert import ConversionReport, conversion_report, convert, revert
 from effkernels.nn.freezing import freeze, unfreeze
+from effkernels.nn.graphs import graph
 from effkernels.nn.layers import DropPath
 from effkernels.nn.modules import ConvBNAct, DepthwiseConvBNAct, FusedMBConv, MBConv, SqueezeExcite, Swish
 
@@ -17,6 +18,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "freeze",
+    "graph",
     "revert",
     "unfreeze",
 ]
