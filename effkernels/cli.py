@@ -5,12 +5,14 @@ from typing import Annotated
 import typer
 
 import effkernels
+from effkernels.bench import bench
 from effkernels.demo import demo
 from effkernels.doctor import doctor
 
 app = typer.Typer(help=effkernels.__doc__, no_args_is_help=True, add_completion=False)
 app.command()(demo)
 app.command()(doctor)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(requested: bool) -> None:

@@ -2,35 +2,44 @@
 
 import csv
 import pathlib
+from collections import Counter
 
+import pytest
 import torch
 
 import effkernels
-from effkernels.models import create_model
+from effkernels.models import create_model, list_models
+from effkernels.models.configs import CONFIGS
 
 SHAPES = pathlib.Path(__file__).parents[1] / "benchmarks" / "shapes"
 
 
-def test_shapes_are_those_of_the_model():
-    blocks = []
+def test_every_model_has_a_file():
+    assert {file.stem for file in SHAPES.iterdir()} == set(list_models())
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_shapes_are_those_of_the_model(name):
+    """As the built network has them when it runs, not as its configuration says."""
+    found = Counter()
 
     def see(block, inputs, output):
-        depthwise = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1)
-        squeezed = next(m for m in block.modules() if isinstance(m, effkernels.SqueezeExcite)).parameters()
-        se_channels = next(squeezed).shape[0]
-        c, k, s = depthwise.in_channels, depthwise.kernel_size[0], depthwise.stride[0]
-        blocks.append((c, inputs[0].shape[2], k, s, se_channels))
+        main = block.depthwise or block.expand
+        hidden, c, size = main.conv.out_channels, *inputs[0].shape[1:3]
+        squeezed = 0 if block.se is None else block.se.reduce.out_channels
+        k, s = main.conv.kernel_size[0], main.conv.stride[0]
+        ratio = 1 if block.project is None else hidden // c
+        kind = "fused" if isinstance(block, effkernels.FusedMBConv) else "mbconv"
+        found[kind, c, output.shape[1], size, k, s, ratio, squeezed] += 1
 
-    for file in SHAPES.glob("*.csv"):
-        with file.open() as rows:
-            listed = [tuple(map(int, row[:-1])) for row in [*csv.reader(rows)][1:]]
-        model = create_model(file.stem, device="meta").eval()
-        for module in model.modules():
-            if isinstance(module, effkernels.MBConv):
-                module.register_forward_hook(see)
-        with torch.no_grad(), effkernels.use_backend("eager"):
-            model(torch.empty(1, 3, 224, 224, device="meta"))
-        # A squeeze-excite width may go with several convolutions: one is enough.
-        assert {row[:4] for row in listed} == {block[:4] for block in blocks}
-        assert set(listed) <= set(blocks)
-        blocks.clear()
+    model = create_model(name, device="meta").eval()
+    for module in model.modules():
+        if isinstance(module, effkernels.MBConv | effkernels.FusedMBConv):
+            module.register_forward_hook(see)
+    with torch.no_grad(), effkernels.use_backend("eager"):
+        model(torch.empty(1, 3, *2 * [CONFIGS[name].resolution], device="meta"))
+    with (SHAPES / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    listed = {(kind, *map(int, numbers)): int(count) for kind, *numbers, count in rows}
+    assert len(listed) == len(rows)  # each class once
+    assert listed == found
