@@ -8,11 +8,13 @@ import effkernels
 from effkernels.bench import bench
 from effkernels.demo import demo
 from effkernels.doctor import doctor
+from effkernels.profile import profile
 
 app = typer.Typer(help=effkernels.__doc__, no_args_is_help=True, add_completion=False)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
+app.command()(profile)
 
 
 def _print_version(requested: bool) -> None:

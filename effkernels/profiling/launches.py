@@ -1,7 +1,7 @@
 """What a workload launches: every op with the bytes that it moves and its operations, counted from shapes."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ class Touch(NamedTuple):
 
     memory: int  # tensors with the same number share their memory
     shape: tuple[int, ...]
+    is_map: bool  # [N, C, H, W], not a weight, nor one value per channel
+    size: int
     read: int
     written: int
 
@@ -62,8 +64,9 @@ class Recorder(TorchDispatchMode):
     are not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._weights = {t.shape for t in weights}
         self.launches: list[Launch] = []
         self.phase = FORWARD
         self.peak_bytes = 0  # of the tensors that were alive at once
@@ -103,7 +106,7 @@ class Recorder(TorchDispatchMode):
             name, flops, kind = func._schema.name, _flops(func, given, result), _kind(func, given, result)
             times = _times_read(func, given)
             accesses, kernels = [*_accesses(func, given, times, result)], max([1, *times.values()])
-        touches = tuple(Touch(self._number(a.tensor), tuple(a.tensor.shape), a.read, a.written) for a in accesses)
+        touches = tuple(self._touch(*access) for access in accesses)
         self.launches.append(Launch(name, kind, self._block_now(), self.phase, touches, flops, kernels, 0.0))
         self._marks.append((start, end))
         self._memory = {address: known for address, known in self._memory.items() if not known[0].expired()}
@@ -116,6 +119,11 @@ class Recorder(TorchDispatchMode):
             number = node._sequence_nr()
             self._block = next((name for first, end, name in self._nodes if first <= number < end), "")
         return self._block
+
+    def _touch(self, tensor: Tensor, read: int, written: int) -> Touch:
+        shape = tensor.shape
+        is_map = len(shape) == 4 and shape[2:] != (1, 1) and shape not in self._weights
+        return Touch(self._number(tensor), tuple(shape), is_map, tensor.numel() * tensor.itemsize, read, written)
 
     def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -137,7 +145,7 @@ class Recording(NamedTuple):
 
 def record(workload: Workload, blocks: Sequence[str] = ()) -> Recording:
     """What one run launches, and of which of the submodules named `blocks`; and the most bytes of tensors at once."""
-    recorder = Recorder()
+    recorder = Recorder(workload.model.parameters())
 
     def turn() -> None:
         recorder.phase = BACKWARD

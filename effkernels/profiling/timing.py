@@ -17,6 +17,7 @@ from effkernels.profiling.workload import BACKWARD, FORWARD, Workload
 
 MINIMUM_REPEATS = 3
 TOTAL = ""  # the name of the whole model among its blocks
+OUTSIDE = "(outside)"  # and of what is none's
 STEP = "step"  # both phases
 
 
@@ -54,8 +55,9 @@ def time_blocks(
     None starts after `seconds`, but for the first `MINIMUM_REPEATS`.
 
     Returns:
-        Of each workload, phase by phase and as a step, the time of each block that ran, and of the whole under the
-        name "". A block's backward lasts from the gradient of its output to that of the next block's.
+        Of each workload, phase by phase and as a step, the time of each block that ran, of what is outside of all
+        blocks, and under the name "" of the whole. A block's backward lasts from the gradient of its output to that of
+        the next block's.
     """
     samples: dict[Any, dict[tuple[str, str], list[float]]] = {key: defaultdict(list) for key in workloads}
     deadline = time.perf_counter() + seconds
@@ -114,6 +116,9 @@ def _time_once(workload: Workload, blocks: Sequence[str]) -> dict[tuple[str, str
         times[FORWARD, name] += milliseconds(start, end)
     for (name, start), (_, end) in pairwise(backward):
         times[BACKWARD, name] += milliseconds(start, backward[-1][1] if name == TOTAL else end)
+    for phase in {phase for phase, _ in times}:
+        inside = sum(elapsed for (p, name), elapsed in times.items() if p == phase and name != TOTAL)
+        times[phase, OUTSIDE] = times[phase, TOTAL] - inside
     for (_, name), elapsed in [*times.items()]:
         times[STEP, name] += elapsed
     return times

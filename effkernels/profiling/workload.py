@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from effkernels import backends
@@ -23,10 +24,14 @@ class Workload:
     x: Tensor
     train: bool = False
     backend: str = "auto"
+    drop: bool = True  # else only BatchNorms are in training mode, so that nothing is dropped at random
 
     def run(self, before_backward: Callable[[], None] = lambda: None) -> list[Tensor]:
         """The tensors that the model returns."""
         self.model.train(self.train)
+        if not self.drop:
+            for module in self.model.modules():
+                module.training &= isinstance(module, _BatchNorm)
         self.model.zero_grad()
         with backends.use_backend(self.backend), torch.set_grad_enabled(self.train):
             outputs = [t for t in tree_leaves(self.model(self.x)) if isinstance(t, Tensor)]

@@ -151,7 +151,7 @@ def test_a_training_step_runs_in_triton_on_a_gpu():
 
 
 def test_a_gpu_takes_the_longest_of_its_ceilings():
-    touch = Touch(0, (1,), read=300, written=100)
+    touch = Touch(0, (75,), is_map=False, size=300, read=300, written=100)
     launch = Launch("op", "kind", "", FORWARD, (touch,), effkernels.ops._op.Flops(6000, 50), 2, 0.0)
     assert Ceilings(10, 1000, 1000).bound(launch) == 40  # bytes
     assert Ceilings(1000, 1000, 1000).bound(launch) == 6  # matrix products
