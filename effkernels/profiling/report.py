@@ -242,7 +242,7 @@ class Report:
     def _kernels_table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="the longest kernels", title_justify="left")
         for name in self.runs:
-            table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=26)
+            table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=22)
             table.add_column("calls", justify="right", no_wrap=True)
             table.add_column("ms", justify="right", no_wrap=True)
         for kernels in zip(*(run.kernels[:10] for run in self.runs.values()), strict=False):

@@ -176,6 +176,14 @@ def test_hooks_on_the_block_itself(block, kernels):
     assert decisions[0].backend == kernels
 
 
+def test_hooks_on_every_block_keep_the_network_fused(network):
+    model = effkernels.convert(copy.deepcopy(network[0]))
+    fused = effkernels.conversion_report(model).fused
+    for entry in fused:
+        model.get_submodule(entry.name).register_forward_hook(lambda module, args, output: None)
+    assert effkernels.conversion_report(model).fused == fused
+
+
 def test_hooks_on_drop_path_keep_the_block_fused(block, kernels):
     original, x = block
     converted = effkernels.convert(original)

@@ -67,14 +67,18 @@ class Conv2dNormActivation(Fused, misc.Conv2dNormActivation):
     unfused = misc.Conv2dNormActivation.forward
 
     def read_parts(self) -> Layer:
-        return _layer(self)
+        return _layer_of(self)  # its own hooks see what it takes and returns
 
     def fused(self, layer: Layer, x: Tensor) -> Tensor:
         return run_conv(layer, x)
 
 
 def _layer(module: nn.Module) -> Layer:
-    children = list(parts.own(module, Conv2dNormActivation, misc.Conv2dNormActivation))
+    return _layer_of(parts.own(module, Conv2dNormActivation, misc.Conv2dNormActivation))
+
+
+def _layer_of(module: nn.Sequential) -> Layer:
+    children = list(module)
     if len(children) not in (2, 3):
         raise Unfusable(module, f"has {len(children)} layers in place of 2 or 3")
     conv, bn, *act = children
