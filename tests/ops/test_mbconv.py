@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effkernels import backends, ops, use_backend
+from effkernels.ops._cases import assert_close_to_reference
 from effkernels.ops.bn_project import Stage
 from effkernels.ops.mbconv import Gate
 from effkernels.ops.mbconv.op import MBCONV
@@ -137,6 +138,28 @@ def test_agrees_with_eager(variant, kernels):
     with use_backend("eager"):
         expected = gradients(positional, named), buffers
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("memory", ["default", "minimal"])
+@pytest.mark.parametrize("kind", ["far from zero", "nearly of rank 3"])
+def test_gradients_of_ill_conditioned_inputs(kind, memory, kernels):
+    """Those of x and of the expand weight are as accurate as eager's; by statistics of x, moments would cancel."""
+    (x, *stages), named = block(shape=(4, 12, 9, 8), hidden=40, out=12, dtype=f32)
+    if kind == "far from zero":
+        x.data += 30
+    else:
+        x.data = torch.einsum("oc,nchw->nohw", torch.randn(12, 3), x[:, :3]) + 1e-3 * x
+    unknown = dict(running_mean=None, running_var=None)
+    positional = (x, *(s._replace(**unknown) if isinstance(s, Stage) else s for s in stages))
+
+    def found(backend, dtype, memory="default"):
+        given = [v.detach().to(dtype).requires_grad_() for v in leaves(positional[0], positional[1:])]
+        arguments = replaced(positional, given)
+        with use_backend(backend):
+            return gradients(arguments, named | {"memory": memory}, [arguments[0], arguments[1].weight])[1]
+
+    for got, eager, exact in zip(found(kernels, f32, memory), found("eager", f32), found("eager", f64), strict=True):
+        assert_close_to_reference(got, eager, exact)
 
 
 def test_only_the_gradients_asked_for(kernels):
