@@ -162,23 +162,21 @@ template <class T>
 Tile<compute_t<T>> gradient_tile(const PointwiseBackwardParams& p, int64_t n, int64_t first, int64_t pixels,
                                  compute_t<T>* dy, int64_t stride, compute_t<T>* buffer) {
   using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
   const Tile<C> grad = load_tile<T>(p.grad, n, first, pixels, 0, p.y.c, dy);
   if (!p.after.scale && !p.scale) return grad;
   Tile<C> y{};
   if (p.after.slope) y = load_tile<T>(p.y, n, first, pixels, 0, p.y.c, buffer);
   const C* scales = p.scale ? static_cast<const C*>(p.scale) + n * p.y.c : nullptr;
-  for (int64_t c = 0; c < p.y.c; c += V) {
-    const int lanes = static_cast<int>(min64(p.y.c - c, V));
+  for_blocks<C>(pixels, p.y.c, [&](int64_t c, int lanes, int64_t begin, int64_t end) EFFK_INLINE {
     const Vec<C> factor = lanes_of<C>(p.after.scale, c, lanes, 1) * lanes_of<C>(scales, c, lanes, 1);
     const Vec<C> mean = lanes_of<C>(p.after.mean, c, lanes, 0), slope = lanes_of<C>(p.after.slope, c, lanes, 0);
     const Vec<C> constant = lanes_of<C>(p.after.constant, c, lanes, 0);
-    for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       Vec<C> d = grad.at(i, c) * factor;
       if (y.data) d += (y.at(i, c) - mean) * slope + constant;
       store(dy + i * stride + c, d);
     }
-  }
+  });
   return {dy, stride, 0};
 }
 
