@@ -9,10 +9,12 @@ from effkernels.bench import bench
 from effkernels.demo import demo
 from effkernels.doctor import doctor
 from effkernels.profile import profile
+from effkernels.study import study
 
 app = typer.Typer(help=effkernels.__doc__, no_args_is_help=True, add_completion=False)
 app.command()(demo)
 app.command()(doctor)
+app.command()(study)
 app.add_typer(bench, name="bench")
 app.command()(profile)
 
