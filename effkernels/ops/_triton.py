@@ -394,7 +394,7 @@ class Spans(NamedTuple):
             steps = min(tiles, triton.cdiv(4 * batch * height * blocks_c * tiles, WARPS))
         spans = triton.cdiv(tiles, max(steps, 1))
         parts = batch * height * spans
-        tile = dict(BLOCK_P=block_p, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=4)
+        tile = dict(BLOCK_P=block_p, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=4, maxnreg=REGISTERS)
         return cls(height, width, spans, steps, parts, parts * blocks_c, tile)
 
 

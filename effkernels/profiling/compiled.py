@@ -141,15 +141,18 @@ def _with_headers(source: pathlib.Path) -> list[pathlib.Path]:
 
 
 def triton_units(arch: str) -> Iterator[Unit]:
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    for (kernel, instance), launch in triton_launches().items():
-        digest, compile = _hash(*_with_callees(launch["fn"])), functools.partial(_triton, target, launch)
+    for (kernel, instance), launch in triton_launches(arch).items():
+        digest, compile = _hash(*_with_callees(launch["fn"])), functools.partial(_triton, arch, launch)
         yield Unit(arch, "triton", kernel, instance, f"triton {triton.__version__}", digest, compile)
 
 
-def _triton(target: GPUTarget, launch: dict[str, Any]) -> tuple[bytes, int]:
+def _target(arch: str) -> GPUTarget:
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def _triton(arch: str, launch: dict[str, Any]) -> tuple[bytes, int]:
     source = ASTSource(launch["fn"], launch["signature"], launch["constants"], launch["attrs"])
-    compiled = triton.compile(source, target=target, options=launch["options"])
+    compiled = triton.compile(source, target=_target(arch), options=launch["options"])
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
@@ -169,7 +172,7 @@ def _with_callees(kernel: JITFunction[Any]) -> tuple[str, ...]:
 
 
 @functools.cache
-def triton_launches() -> dict[tuple[str, str], dict[str, Any]]:
+def triton_launches(arch: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Of each kernel and instance that `NETWORKS` launch, what Triton compiles."""
     launches: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -184,7 +187,7 @@ def triton_launches() -> dict[tuple[str, str], dict[str, Any]]:
     runs = itertools.product(
         NETWORKS.values(), backends.DTYPES["triton"], (torch.contiguous_format, torch.channels_last), (False, True)
     )
-    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record), _triton_on_meta():
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record), _triton_on_meta(arch):
         for network, dtype, layout, training in runs:
             with torch.device("meta"), torch.set_grad_enabled(training):
                 model, shape = network()
@@ -220,8 +223,11 @@ def _instance(launch: dict[str, Any]) -> str:
 class _NoGPU:
     """As much of a driver as Triton asks before it compiles."""
 
+    def __init__(self, arch: str) -> None:
+        self._target = _target(arch)
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 80, 32)
+        return self._target
 
     def get_current_device(self) -> int:
         return 0
@@ -245,10 +251,10 @@ class _Implementations(TorchDispatchMode):
 
 
 @contextmanager
-def _triton_on_meta() -> Iterator[None]:
-    """Modules and ops call Triton's kernels with meta tensors."""
+def _triton_on_meta(arch: str) -> Iterator[None]:
+    """Modules and ops call Triton's kernels with meta tensors, as on a GPU of this architecture."""
     driver = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_NoGPU())
+    triton.runtime.driver.set_active(_NoGPU(arch))
     try:
         with as_on_gpu(), backends.use_backend("triton"), _Implementations():
             yield

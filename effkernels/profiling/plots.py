@@ -112,10 +112,10 @@ def _by_kind(launches: list[Launch]) -> list[tuple[str, float]]:
 
 
 def _apart(wanted: list[float], gap: float) -> list[float]:
-    """Places near those, from the lowest up, each at least `gap` over the one before."""
+    """Places near those, from the lowest up, each at least `gap` over the one before, the first one over half of it."""
     places: list[float] = []
     for y in wanted:
-        places.append(max(y, places[-1] + gap) if places else y)
+        places.append(max(y, places[-1] + gap if places else gap / 2))
     return places
 
 
@@ -196,7 +196,13 @@ def passes(report: Report) -> bytes:
     figure, axes = _figure(5.2 * len(found) + 0.6, 1.9 + 0.21 * (rows + 3), 1, len(found))
     for (name, of_run), panel in zip(found.items(), axes, strict=True):
         _draw_passes(panel, of_run, lanes, rows, COLORS[name])
-        panel.set_title(f"{name}: {len(of_run)} launches over maps", fontsize=10, loc="left", color="#333333", pad=36)
+        panel.set_title(
+            f"{name}: {len(of_run)} {'launch' if len(of_run) == 1 else 'launches'} over maps",
+            fontsize=10,
+            loc="left",
+            color="#333333",
+            pad=36,
+        )
     return _png(figure, report, f"block {block}; ")
 
 

@@ -113,7 +113,7 @@ def tile(x: Tensor, k: int, stride: int, out_w: int) -> dict[str, int]:
     else:
         # Whole rows where they fit; one warp, so that its lanes run along a row and share channels.
         block_w = block(out_w, 128, 16)
-        block_c = min(2 * max(32 // block_w, 1), triton.next_power_of_2(x.shape[1]))
+        block_c = min((1 if k == 7 else 2) * max(32 // block_w, 1), triton.next_power_of_2(x.shape[1]))
         warps = 1
     return dict(BLOCK_W=block_w, BLOCK_C=block_c, PIXEL_AXIS=axis, VECTOR=2, num_warps=warps)
 
@@ -298,7 +298,8 @@ def dwconv_backward(
     out = empty_map(x, x.shape) if need_input else None
     weights = x.new_empty((parts, *weight.shape), dtype=torch.float32) if need_weight else None
     sums = x.new_empty((2, parts, channels), dtype=torch.float32) if need_input and mean1 is not None else None
-    if batch:
+
+    def launch(out: Tensor | None, sums: Tensor | None, weights: Tensor | None) -> None:
         dwconv_backward_kernel[(parts * blocks_c,)](
             grad, *dense(scale, shift), y, *dense(mean2, var2, gamma2, beta2), eps2, *dense(grad_means, weight),
             x, *dense(mean1, var1, gamma1, beta1), eps1, out, sums, weights,
@@ -308,6 +309,13 @@ def dwconv_backward(
             K=k, STRIDE=stride, ACT1=act1, ACT2=act2,
             COLUMNS=columns, BLOCK_W=block_w, BLOCK_C=block_c, PIXEL_AXIS=axis, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
+
+    if batch and k == 7 and out is not None and weights is not None:
+        # 49 weights and the sums of 49 gradients do not fit a thread's registers: dy is computed twice.
+        launch(out, sums, None)
+        launch(None, None, weights)
+    elif batch:
+        launch(out, sums, weights)
     return (
         x.new_empty(0) if out is None else out,
         x.new_empty(0, dtype=torch.float32) if weights is None else weights.sum(0),

@@ -97,6 +97,11 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def has_tensor_cores() -> bool:
+    """Whether `tl.dot` uses them for 16 bits: Triton does from sm_80 on."""
+    return bool(triton.knobs.runtime.interpret) or triton.runtime.driver.active.get_current_target().arch >= 80
+
+
 def tile_size(extent: int, limit: int) -> int:
     """A power of two that `tl.dot` takes."""
     return min(limit, max(triton.next_power_of_2(extent), 16))
@@ -110,8 +115,8 @@ def pointwise(
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     area = height * width
     y = empty_map(x, (batch, outputs, height, width))
-    wide = x.dtype == torch.float32  # multiplied on the ordinary units, from registers
-    block_p, block_o = tile_size(area, 64 if wide else 128), tile_size(outputs, 64 if wide else 128)
+    wide = x.dtype == torch.float32 or not has_tensor_cores()  # multiplied on the ordinary units, from registers
+    block_p, block_o = tile_size(area, 64 if wide else 128), tile_size(outputs, 64)
     tiles = triton.cdiv(area, block_p)
     parts = empty_parts(y, batch * tiles, reduce)
     if batch:
@@ -120,7 +125,7 @@ def pointwise(
             channels, outputs, area, width, tiles, 1 / area, *x.stride(), *y.stride(), *strides(residual),
             ACT=act, REDUCE=reduce, ONE_ROW=all(t is None or is_one_row(t) for t in (x, y, residual)),
             PRECISION=precision(), BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=tile_size(channels, 16 if wide else 32),
-            PIXEL_AXIS=pixel_axis(x), num_warps=8 if block_p * block_o >= 64 * 64 else 4,
+            PIXEL_AXIS=pixel_axis(x), num_warps=8 if block_p * block_o >= 64 * 64 else 4, maxnreg=REGISTERS,
         )  # fmt: skip
     return y, finish(parts, batch, reduce)
 
@@ -269,7 +274,7 @@ def pointwise_backward(
         launch(out, weights, tile_size(outputs, 32))
     elif batch:
         if need_input:
-            launch(out, None, tile_size(outputs, 32))
+            launch(out, None, tile_size(outputs, 16 if x.dtype == torch.float32 else 32))
         if need_weight:
             launch(None, weights, tile_size(outputs, 64))
     return (

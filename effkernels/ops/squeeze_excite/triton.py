@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effkernels.ops._layout import empty_map
-from effkernels.ops._triton import activate, stream
+from effkernels.ops._triton import REGISTERS, activate, stream
 from effkernels.ops.batch_norm.op import Reduce
 
 
@@ -52,7 +52,7 @@ def linear_act(x: Tensor, w: Tensor, b: Tensor | None, act: int) -> Tensor:
     if batch:
         linear_act_kernel[(batch * triton.cdiv(outputs, block_o),)](
             x, w, None if b is None else b.contiguous(), y, inputs, outputs, *x.stride(), *w.stride(), y.stride(0),
-            ACT=act, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4,
+            ACT=act, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return y
 
