@@ -18,7 +18,7 @@ from torch import nn
 
 from effkernels.models import Config, EfficientNet, multiply_adds
 from effkernels.models.configs import CONFIGS
-from effkernels.profiling import GPUS, Ceilings, Launch, Spread, Workload, as_on_gpu, gpu_backend, on_meta, record
+from effkernels.profiling import GPUS, Launch, Spread, Workload, as_on_gpu, gpu_backend, on_meta, record
 from effkernels.profiling.gpus import GPU
 from effkernels.profiling.launches import DENSE, DEPTHWISE, POINTWISE
 from effkernels.profiling.report import EAGER, machine
@@ -132,12 +132,7 @@ def replaced(config: Config, stages: int) -> Config:
     return replace(config, stages=(*fused, *config.stages[stages:]))
 
 
-def conduct(
-    networks: dict[str, tuple[Config, int, int, int]],
-    progress: Progress,
-    repeats: int = REPEATS,
-    gpus: Sequence[GPU] = tuple(STUDIED.values()),
-) -> Study:
+def conduct(networks: dict[str, tuple[Config, int, int, int]], progress: Progress) -> Study:
     """Measure and model each network, given with its batches as in `BATCHES`."""
     found: list[Network] = []
     runs: list[Run] = []
@@ -153,16 +148,16 @@ def conduct(
             )
         )
         for direction, batch in zip(get_args(Direction), batches, strict=True):
-            steps = progress.add_task(f"{name}, {direction}", total=repeats + 1)
+            steps = progress.add_task(f"{name}, {direction}", total=REPEATS + 1)
             advance = lambda steps=steps: progress.advance(steps)  # noqa: E731
-            runs += _measured(name, models, direction, torch.randn(batch, 3, size, size), repeats, advance)
-            progress.update(steps, completed=repeats + 1)
-            runs += _modelled(name, models, direction, (gpu_batch, 3, size, size), gpus)
+            runs += _measured(name, models, direction, torch.randn(batch, 3, size, size), advance)
+            progress.update(steps, completed=REPEATS + 1)
+            runs += _modelled(name, models, direction, (gpu_batch, 3, size, size))
     return Study(tuple(found), tuple(runs), machine(torch.device("cpu")))
 
 
 def _measured(
-    network: str, models: dict[str, EfficientNet], direction: Direction, x: torch.Tensor, repeats: int, advance: Any
+    network: str, models: dict[str, EfficientNet], direction: Direction, x: torch.Tensor, advance: Any
 ) -> Iterator[Run]:
     """On the CPU in float32 and channels_last, all in turns."""
     x = x.contiguous(memory_format=torch.channels_last)
@@ -179,7 +174,7 @@ def _measured(
         for implementation, backend in zip(IMPLEMENTATIONS, ("eager", "auto"), strict=True)
     }
     names = _stages(next(iter(models.values())))
-    times = time_blocks(workloads, names, repeats=repeats, seconds=SECONDS, on_repeat=advance)
+    times = time_blocks(workloads, names, repeats=REPEATS, seconds=SECONDS, on_repeat=advance)
     for (fused, implementation), phases in times.items():
         spreads = {block: _per_image(spread, len(x)) for block, spread in phases[STEP].items()}
         stages = tuple(spreads[name].median for name in names)
@@ -192,7 +187,7 @@ def _per_image(spread: Spread, batch: int) -> Spread:
 
 
 def _modelled(
-    network: str, models: dict[str, EfficientNet], direction: Direction, shape: Sequence[int], gpus: Iterable[GPU]
+    network: str, models: dict[str, EfficientNet], direction: Direction, shape: Sequence[int]
 ) -> Iterator[Run]:
     """On GPUs in float16, from counted bytes and operations."""
     train = direction == "training"
@@ -201,28 +196,18 @@ def _modelled(
         for implementation, backend in zip(IMPLEMENTATIONS, ("eager", gpu_backend(train)), strict=True):
             with as_on_gpu():
                 launches, _ = record(on_meta(model, shape, GPU_DTYPE, train=train, backend=backend), names)
-            for gpu in gpus:
+            for gpu in STUDIED.values():
                 ceilings = gpu.ceilings(GPU_DTYPE)
-                per_image = _Clock(ceilings, shape[0])
-                total = per_image(launches)
-                stages = tuple(per_image(a for a in launches if a.block == name) for name in names)
+                times = [1000 * ceilings.seconds([launch]) / shape[0] for launch in launches]
+                total = sum(times)
+                stages: dict[str, float] = defaultdict(float)
                 early: dict[str, float] = defaultdict(float)
-                for launch in launches:
+                for launch, ms in zip(launches, times, strict=True):
+                    stages[launch.block] += ms
                     if launch.block in names[:EARLY]:
-                        early[_work(launch)] += per_image([launch])
+                        early[_work(launch)] += ms
                 place = network, fused, implementation, direction, gpu.name, True, shape[0]
-                yield Run(*place, Spread(total, total, total), stages, dict(early))
-
-
-@dataclass(frozen=True)
-class _Clock:
-    """Modelled milliseconds per image."""
-
-    ceilings: Ceilings
-    batch: int
-
-    def __call__(self, launches: Iterable[Launch]) -> float:
-        return 1000 * self.ceilings.seconds(launches) / self.batch
+                yield Run(*place, Spread(total, total, total), tuple(stages[n] for n in names), dict(early))
 
 
 PASSES, PRODUCTS, FUSIONS = "passes around them", "dense and 1x1 convolutions", "fused kernels"
@@ -337,10 +322,7 @@ def _early(study: Study, network: Network) -> Cells:
     for device in ("V100", "A100"):
         for direction in get_args(Direction):
             for fused, implementation in (("none", EAGER), ("1-3", EAGER), ("none", OURS), ("1-3", OURS)):
-                try:
-                    early = study.run(network.name, fused, implementation, direction, device).early
-                except StopIteration:
-                    continue
+                early = study.run(network.name, fused, implementation, direction, device).early
                 block = "Fused-MBConv" if fused == "1-3" else "MBConv"
                 kinds = (f"{1000 * early.get(kind, 0):.0f}" for kind in (DEPTHWISE, PRODUCTS, PASSES, FUSIONS))
                 total = f"{1000 * sum(early.values()):.0f}"
