@@ -76,4 +76,7 @@ def update_running_statistics(
         return
     total = of_all[0] if of_all else count
     for running, batch in ((running_mean, mean), (running_var, var * (total / (total - 1)))):
-        running.copy_(running.to(batch.dtype).lerp(batch, momentum))
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, momentum)
+        else:  # which may not hold the batch's values, only their share
+            running.copy_(running.to(batch.dtype).lerp(batch, momentum))
