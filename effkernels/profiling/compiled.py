@@ -320,8 +320,9 @@ def out_of_date(table: list[Row]) -> list[str]:
 
 SUMMARY_TEXT = """# The GPU kernels as compiled
 
-What the compilers make of the {count} kernel instances: of every Triton instance that {networks} launches in training
-and in inference, in float32, float16 and bfloat16, NCHW and channels_last, and of every instance of the CUDA kernels.
+What the compilers make of the {count} kernel instances: of every Triton instance that {networks}
+launch in training and in inference, in float32, float16 and bfloat16, NCHW and channels_last, and of every instance of
+the CUDA kernels.
 Nothing here was run: `python -m effkernels.profiling.compiled` compiles them for each architecture and reads the
 machine code, on any machine with nvcc and Triton. {local} of them use local memory: no register is spilled.
 

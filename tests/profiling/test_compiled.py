@@ -91,3 +91,15 @@ def test_every_file_and_function_that_is_compiled_counts():
     files = {path.name for path in compiled._with_headers(source)}
     assert files >= {"cuda_kernel.cu", "kernel.cuh", "plan.h", "moments.h", "activation.h"}
     assert not files & {"vec.h", "cpu_kernel.h"}
+
+
+def test_table_is_up_to_date():
+    table = compiled.read()
+    if f"triton {triton.__version__}" not in {row.compiler for row in table}:
+        pytest.skip("the table was made with another version of Triton")
+    assert compiled.out_of_date(table) == [], "run `python -m effkernels.profiling.compiled`"
+    assert compiled.SUMMARY.read_text() == compiled.summary(table)
+
+
+def test_no_kernel_uses_local_memory():
+    assert [row for row in compiled.read() if row.local or row.stack] == []
