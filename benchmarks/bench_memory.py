@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import multiprocessing
-import pathlib
 
 import pytest
 import suite
@@ -12,6 +11,7 @@ import torchvision
 from torch import nn
 
 import effkernels
+from effkernels.profiling.memory import resident
 from effkernels.profiling.saved import saved_bytes
 
 SIZE = 224
@@ -85,5 +85,4 @@ def _memory(device: torch.device, field: str) -> int:
     if device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated if field == "VmHWM" else torch.cuda.memory_allocated
         return allocated(device)
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    return resident(field)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import effkernels
 from effkernels import backends
 from effkernels.ops._cases import FLOOR_ULPS
+from effkernels.profiling.timing import milliseconds, stamp
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -142,7 +143,7 @@ def compare(benchmark: Any, setting: Setting, calls: dict[str, Call], exact: Seq
     """
     _assert_agreement(calls, exact)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    timer = _gpu_timer(setting.device) if setting.device.type == "cuda" else _cpu_milliseconds
+    timer = _timer(setting.device)
 
     def one_round() -> None:
         for name, call in calls.items():
@@ -186,23 +187,18 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().cpu().double().flatten() for t in tensors])
 
 
-def _cpu_milliseconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)
+def _timer(device: torch.device) -> Callable[[Call], float]:
+    """Of the milliseconds of a call: on a GPU, with an empty cache, whose emptying outlasts the launch of the call."""
+    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=device) if device.type == "cuda" else None
 
-
-def _gpu_timer(device: torch.device) -> Callable[[Call], float]:
-    """Between CUDA events, with an empty cache. Emptying it takes long enough to launch the call meanwhile."""
-    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=device)
-
-    def milliseconds(call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flushed.zero_()
-        start.record()
+    def timed(call: Call) -> float:
+        if flushed is not None:
+            flushed.zero_()
+        start = stamp(device)
         call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        end = stamp(device)
+        if flushed is not None:
+            end.synchronize()
+        return milliseconds(start, end)
 
-    return milliseconds
+    return timed

@@ -1,6 +1,7 @@
 """`effkernels profile`: any network, eager against converted, measured here or modelled for a GPU."""
 
 import difflib
+import importlib
 import pathlib
 from collections.abc import Iterable
 from typing import Annotated
@@ -46,6 +47,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def require(console: Console, *packages: str) -> None:
+    """Leave, saying what to install, if one of these packages of the extra `demo` is missing."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as missing:
+            console.print(f'{missing.name} is not installed: pip install "effkernels\\[demo]"', style="red")
+            raise typer.Exit(1) from None
+
+
 def run(
     model: str,
     image: pathlib.Path | None,
@@ -58,13 +69,7 @@ def run(
 ) -> None:
     """Write a report to `out` and show its tables."""
     console = Console()
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import torchvision  # noqa: F401
-    except ImportError as missing:
-        console.print(f'{missing.name} is not installed: pip install "effkernels\\[demo]"', style="red")
-        raise typer.Exit(1) from None
+    require(console, "jinja2", "matplotlib", "torchvision")
     from effkernels.profiling import measure
     from effkernels.profiling.find import UnknownModel
     from effkernels.profiling.gpus import GPUS

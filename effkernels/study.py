@@ -18,6 +18,7 @@ from torch import nn
 
 from effkernels.models import Config, EfficientNet, multiply_adds
 from effkernels.models.configs import CONFIGS
+from effkernels.profile import Threads, require
 from effkernels.profiling import GPUS, Launch, Spread, Workload, as_on_gpu, gpu_backend, on_meta, record
 from effkernels.profiling.gpus import GPU
 from effkernels.profiling.launches import DENSE, DEPTHWISE, POINTWISE
@@ -99,15 +100,11 @@ class Study:
 
 def study(
     out: Annotated[pathlib.Path, typer.Option(help="The folder to write to.")] = pathlib.Path("effkernels-study"),
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")] = None,
+    threads: Threads = None,
 ) -> None:
     """MBConv against Fused-MBConv in EfficientNet-B0 and B4, eager and fused: measured here, modelled on GPUs."""
     console = Console()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        console.print('study: matplotlib is not installed: pip install "effkernels\\[demo]"', style="red")
-        raise typer.Exit(1) from None
+    require(console, "matplotlib")
     if threads:
         torch.set_num_threads(threads)
     with Progress(console=console, transient=True) as progress:

@@ -4,15 +4,9 @@ import pathlib
 import re
 import runpy
 
-import pytest
-import torch
-
-from effkernels import backends
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(backends.why_not("cpp", torch.empty(1)) is not None, reason="the C++ kernels are not built")
 def test_the_table_is_up_to_date(capsys):
     runpy.run_path(str(ROOT / "benchmarks" / "training_traffic.py"))["main"]()
     printed = capsys.readouterr().out

@@ -43,12 +43,13 @@ def main() -> None:
     Workload(workload.model, small, workload.train, workload.backend).run()
     workload.model.zero_grad()
     _CLEAR.write_text("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     workload.run()
-    print(_resident("VmHWM") - before)
+    print(resident("VmHWM") - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """The bytes of this process in memory: now, "VmRSS", or at most so far, "VmHWM" (proc(5))."""
     return next(1024 * int(line.split()[1]) for line in _STATUS.read_text().splitlines() if line.startswith(field))
 
 
