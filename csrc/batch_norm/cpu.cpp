@@ -38,15 +38,12 @@ Tensor bn_pool(const Tensor& x, const Tensor& mean, const Tensor& var, std::opti
   const int64_t strides[] = {std::max<int64_t>(p.x.n, 1) * p.x.c, p.x.c, 1};
   const Tensor out = empty_strided(x, {p.sums_count, p.x.n, p.x.c}, strides, statistics_dtype(x));
   const double area = static_cast<double>(p.x.h * p.x.w);
-  const int64_t image = p.bands * p.sums_count * p.padded * compute_size(p.dtype);
   with_compute(p.dtype, [&](auto zero) {
     using C = decltype(zero);
-    for (int64_t n = 0; n < p.x.n; ++n)
-      merge_parts(static_cast<char*>(p.sums) + n * image, p.bands, p.sums_count, p.padded, p.x.c,
-                  static_cast<C*>(out.mutable_data_ptr()) + n * p.x.c, strides[0], 1,
-                  [&](int64_t row, int64_t c, double sum) {
-                    return row == 0 ? sum / area : row == 2 ? sum * norm.rstd()[c] : sum;
-                  });
+    merge_parts({p.sums, p.x.n, p.bands, p.sums_count, p.padded, p.x.c}, static_cast<C*>(out.mutable_data_ptr()), p.x.c,
+                strides[0], 1, [&](int64_t row, int64_t c, double sum) {
+                  return row == 0 ? sum / area : row == 2 ? sum * norm.rstd()[c] : sum;
+                });
   });
   return out;
 }
@@ -101,7 +98,7 @@ Tensor bn_backward_sums(const Tensor& grad, std::optional<Tensor> scale, std::op
   const Tensor out = empty_matrix(x, 2, pass.p.x.c, statistics_dtype(x));
   with_compute(pass.p.dtype, [&](auto zero) {
     using C = decltype(zero);
-    merge_parts(pass.p.sums, pass.p.units, 2, pass.p.padded, pass.p.x.c, static_cast<C*>(out.mutable_data_ptr()),
+    merge_parts({pass.p.sums, 1, pass.p.units, 2, pass.p.padded, pass.p.x.c}, static_cast<C*>(out.mutable_data_ptr()), 0,
                 pass.p.x.c, 1,
                 [&](int64_t row, int64_t c, double sum) { return row == 1 ? sum * pass.norm.rstd()[c] : sum; });
   });

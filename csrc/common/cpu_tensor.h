@@ -231,20 +231,32 @@ void* scratch(size_t bytes) {
   return buffer.data.get();
 }
 
-// out[row * out_row + c * out_channel] = f(row, c, sum over `parts` partial results [rows, padded], in a fixed order and in
-// double), of C.
+// Partial results of a kernel, [images, parts, rows, padded], of which `channels` of each row count.
+struct Parts {
+  const void* data;
+  int64_t images, parts, rows, padded, channels;
+};
+
+// out[image * out_image + row * out_row + c * out_channel] = f(row, c, sum over the parts, in their order and in double),
+// all of C.
 template <class C, class F>
-void merge_parts(const void* data, int64_t parts, int64_t rows, int64_t padded, int64_t channels, C* out,
-                 int64_t out_row, int64_t out_channel, F f) {
-  const C* values = static_cast<const C*>(data);
-  const int64_t grain = std::max<int64_t>((64 << 10) / std::max<int64_t>(parts * channels, 1), 1);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(channels);
-    for (int64_t row = begin; row < end; ++row) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t part = 0; part < parts; ++part)
-        for (int64_t c = 0; c < channels; ++c) total[c] += values[(part * rows + row) * padded + c];
-      for (int64_t c = 0; c < channels; ++c) out[row * out_row + c * out_channel] = static_cast<C>(f(row, c, total[c]));
+void merge_parts(const Parts& p, C* out, int64_t out_image, int64_t out_row, int64_t out_channel, F f) {
+  constexpr int64_t kBlock = 128, kGrain = 32 << 10;  // values
+  const C* values = static_cast<const C*>(p.data);
+  const int64_t blocks = (p.channels + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(p.parts * std::min(p.channels, kBlock), 1), 1);
+  torch::stable::parallel_for(0, p.images * p.rows * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * kBlock, row = i / blocks % p.rows, image = i / blocks / p.rows;
+      const int64_t count = std::min(p.channels - first, kBlock);
+      double total[kBlock] = {};
+      for (int64_t part = 0; part < p.parts; ++part) {
+        const C* in = values + ((image * p.parts + part) * p.rows + row) * p.padded + first;
+        for (int64_t c = 0; c < count; ++c) total[c] += in[c];
+      }
+      C* to = out + image * out_image + row * out_row;
+      for (int64_t c = 0; c < count; ++c)
+        to[(first + c) * out_channel] = static_cast<C>(f(row, first + c, total[c]));
     }
   });
 }
@@ -256,7 +268,7 @@ Tensor merge_partials(const Tensor& x, const double* partials, int64_t bands, Re
   const int64_t n = x.size(0), c = x.size(1);
   const ScalarType dtype = statistics_dtype(x);
   Tensor out = empty_matrix(x, reduce == Reduce::kMean ? n : 2, c, dtype);
-  auto merge = [&](auto* result) {
+  auto merge = [&](auto* result, int64_t begin, int64_t end) {
     using C = std::remove_reference_t<decltype(*result)>;
     std::vector<double> mean(c), squares(c);
     double total = 0;
@@ -268,7 +280,7 @@ Tensor merge_partials(const Tensor& x, const double* partials, int64_t bands, Re
       for (int64_t b = 0; b < bands; ++b) {
         const double *first = partials + (i * bands + b) * 2 * c, *second = first + c, m = count(b);
         total += m;
-        for (int64_t j = 0; j < c; ++j) {
+        for (int64_t j = begin; j < end; ++j) {
           if (reduce == Reduce::kMean) {
             mean[j] += first[j];
           } else {
@@ -279,16 +291,20 @@ Tensor merge_partials(const Tensor& x, const double* partials, int64_t bands, Re
         }
       }
       if (reduce == Reduce::kMean)
-        for (int64_t j = 0; j < c; ++j) result[i * c + j] = static_cast<C>(mean[j] / total);
+        for (int64_t j = begin; j < end; ++j) result[i * c + j] = static_cast<C>(mean[j] / total);
     }
     if (reduce == Reduce::kStatistics)
-      for (int64_t j = 0; j < c; ++j) {
+      for (int64_t j = begin; j < end; ++j) {
         result[j] = static_cast<C>(total > 0 ? mean[j] : NAN);
         result[c + j] = static_cast<C>(total > 0 ? squares[j] / total : NAN);
       }
   };
+  const int64_t grain = std::max<int64_t>((8 << 10) / std::max<int64_t>(n * bands, 1), 8);
   void* data = out.mutable_data_ptr();
-  dtype == ScalarType::Double ? merge(static_cast<double*>(data)) : merge(static_cast<float*>(data));
+  torch::stable::parallel_for(0, c, grain, [&](int64_t begin, int64_t end) {
+    dtype == ScalarType::Double ? merge(static_cast<double*>(data), begin, end)
+                                : merge(static_cast<float*>(data), begin, end);
+  });
   return out;
 }
 

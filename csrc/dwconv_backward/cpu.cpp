@@ -67,10 +67,10 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
   with_compute(dtype, [&](auto zero) {
     using C = decltype(zero);
     if (need_weight)
-      merge_parts(p.products, parts, k * k, p.padded, c, static_cast<C*>(grad_weight.mutable_data_ptr()), 1, k * k,
+      merge_parts({p.products, 1, parts, k * k, p.padded, c}, static_cast<C*>(grad_weight.mutable_data_ptr()), 0, 1, k * k,
                   [](int64_t, int64_t, double sum) { return sum; });
     if (need_sums)
-      merge_parts(p.sums, parts, 2, p.padded, c, static_cast<C*>(sums.mutable_data_ptr()), c, 1,
+      merge_parts({p.sums, 1, parts, 2, p.padded, c}, static_cast<C*>(sums.mutable_data_ptr()), 0, c, 1,
                   [&](int64_t row, int64_t channel, double sum) { return row == 1 ? sum * before.rstd()[channel] : sum; });
   });
   return {grad_norm, grad_weight, sums};

@@ -5,6 +5,14 @@
 namespace effk {
 namespace {
 
+// Packs the depth of a weight in the threads.
+template <class Params>
+void pack_shared(void (*pack)(const Params&, int64_t, int64_t), const Params& p, int64_t depth, int64_t columns) {
+  constexpr int64_t kGrain = 16 << 10;  // elements: less is done before a thread wakes
+  torch::stable::parallel_for(0, depth, std::max<int64_t>(kGrain / std::max<int64_t>(columns, 1), 1),
+                              [&](int64_t first, int64_t last) { pack(p, first, last); });
+}
+
 std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
                                      std::optional<Tensor> var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
                                      double eps, int64_t act, std::optional<Tensor> gate, std::optional<Tensor> bias,
@@ -38,7 +46,7 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   p.packed = scratch<0>(p.packed_size);
   std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : map.n * p.bands * 2 * outputs);
   p.partials = partials.data();
-  EFFK_CPU_FUNCTION(pointwise_pack)(p);
+  pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, map.c, outputs);
   const auto run = EFFK_CPU_FUNCTION(pointwise_run);
   torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
@@ -93,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   p.packed = scratch<0>(p.packed_size);
   p.sums = scratch<2>(need_input ? sums_size : 0);
   p.products = scratch<3>(p.products_size);
-  EFFK_CPU_FUNCTION(pointwise_backward_pack)(p);
+  if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, outputs, map.c);
   const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
   torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
@@ -101,13 +109,12 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
 
   with_compute(dtype, [&](auto zero) {
     using C = decltype(zero);
-    const int64_t c = map.c, image = p.image_tiles * 3 * c;
-    for (int64_t n = 0; need_input && n < map.n; ++n)
-      merge_parts(static_cast<const C*>(p.sums) + n * image, p.image_tiles, 3, c, c,
-                  static_cast<C*>(sums.mutable_data_ptr()) + n * c, sums_strides[0], 1,
+    const int64_t c = map.c;
+    if (need_input)
+      merge_parts({p.sums, map.n, p.image_tiles, 3, c, c}, static_cast<C*>(sums.mutable_data_ptr()), c, sums_strides[0], 1,
                   [&](int64_t row, int64_t channel, double sum) { return row == 2 ? sum * before.rstd()[channel] : sum; });
     if (need_weight)
-      merge_parts(p.products, p.parts, outputs, p.padded, c, static_cast<C*>(grad_weight.mutable_data_ptr()), c, 1,
+      merge_parts({p.products, 1, p.parts, outputs, p.padded, c}, static_cast<C*>(grad_weight.mutable_data_ptr()), 0, c, 1,
                   [](int64_t, int64_t, double sum) { return sum; });
   });
   return {grad_gated, sums, grad_weight};

@@ -281,21 +281,22 @@ void plan_backward(PointwiseBackwardParams& p) {
   p.products_size = p.need_weight ? p.parts * p.y.c * p.padded * sizeof(C) : 0;
 }
 
-// The weight [depth, columns] as `pack_weight` leaves its transpose.
+// The weight [depth, columns] as `pack_weight` leaves its transpose: rows [first, last) of the depth.
 template <class T>
-void pack_backward(const PointwiseBackwardParams& p) {
+void pack_backward(const PointwiseBackwardParams& p, int64_t first, int64_t last) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const int64_t columns = p.x.c, depth = p.y.c;
   const Panels<C> panels(columns);
-  C* out = static_cast<C*>(p.packed);
-  for (int64_t i = 0; i < panels.count; ++i)
-    for (int64_t k = 0; k < depth; ++k)
+  for (int64_t i = 0; i < panels.count; ++i) {
+    C* out = static_cast<C*>(p.packed) + panels.offset(i, depth) + first * panels.vectors(i) * V;
+    for (int64_t k = first; k < last; ++k)
       for (int v = 0; v < panels.vectors(i); ++v, out += V) {
         const int64_t column = (panels.begin(i) + v) * V;
         store(out, load_n(static_cast<const T*>(p.weight) + k * columns + column,
                           static_cast<int>(min64(columns - column, V))));
       }
+  }
 }
 
 }  // namespace
@@ -306,10 +307,12 @@ void pointwise_plan(PointwiseParams& p) {
   with_storage(p.dtype, [&](auto storage) { plan_forward<decltype(storage)>(p); });
 }
 
-void pointwise_pack(const PointwiseParams& p) {
+void pointwise_pack(const PointwiseParams& p, int64_t first, int64_t last) {
   with_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    pack_weight(static_cast<const T*>(p.weight), p.y.c, p.x.c, static_cast<compute_t<T>*>(p.packed));
+    const int64_t depth = p.x.c;
+    pack_weight(static_cast<const T*>(p.weight) + first, depth, 1, p.y.c, depth, first, last - first,
+                static_cast<compute_t<T>*>(p.packed));
   });
 }
 
@@ -323,9 +326,8 @@ void pointwise_backward_plan(PointwiseBackwardParams& p) {
   with_storage(p.dtype, [&](auto storage) { plan_backward<decltype(storage)>(p); });
 }
 
-void pointwise_backward_pack(const PointwiseBackwardParams& p) {
-  if (!p.grad_gated.data) return;
-  with_storage(p.dtype, [&](auto storage) { pack_backward<decltype(storage)>(p); });
+void pointwise_backward_pack(const PointwiseBackwardParams& p, int64_t first, int64_t last) {
+  with_storage(p.dtype, [&](auto storage) { pack_backward<decltype(storage)>(p, first, last); });
 }
 
 void pointwise_backward_run(const PointwiseBackwardParams& p, int64_t first, int64_t last, void* scratch) {

@@ -48,13 +48,14 @@ struct PointwiseBackwardParams {
   void* products;  // [parts][O][padded], of compute_t: dy (h * gate)^T
 };
 
+// Packing takes channels of x, rows of the weight in backward: any ranges that cover all, in any order.
 #define EFFK_DECLARE(isa)                                                                                            \
   namespace isa {                                                                                                    \
   void pointwise_plan(PointwiseParams& params);                                                                      \
-  void pointwise_pack(const PointwiseParams& params);                                                                \
+  void pointwise_pack(const PointwiseParams& params, int64_t first_channel, int64_t last_channel);                   \
   void pointwise_run(const PointwiseParams& params, int64_t first_unit, int64_t last_unit, void* scratch);           \
   void pointwise_backward_plan(PointwiseBackwardParams& params);                                                     \
-  void pointwise_backward_pack(const PointwiseBackwardParams& params);                                               \
+  void pointwise_backward_pack(const PointwiseBackwardParams& params, int64_t first_output, int64_t last_output);    \
   void pointwise_backward_run(const PointwiseBackwardParams& params, int64_t first_unit, int64_t last_unit, void*);  \
   }
 EFFK_EACH_ISA(EFFK_DECLARE)
