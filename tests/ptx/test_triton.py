@@ -46,7 +46,10 @@ def test_case(chip, case):
         torch.testing.assert_close(others, outputs[0], rtol=0, atol=0, equal_nan=True)
 
 
-LAUNCHES = {"dwconv": 1, "bn_statistics": 2, "bn_apply": 1, "spatial_mean": 1, "se_gate": 2, "channel_scale": 1}
+LAUNCHES = {
+    "dwconv": 1, "bn_statistics": 2, "bn_apply": 1, "spatial_mean": 1, "se_gate": 2, "se_gate_backward": 2,
+    "channel_scale": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

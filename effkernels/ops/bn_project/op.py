@@ -26,7 +26,7 @@ from effkernels.ops.batch_norm.op import (
 )
 from effkernels.ops.batch_norm.synchronised import means_of_all
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
-from effkernels.ops.squeeze_excite.op import SE_GATE, gate_backward
+from effkernels.ops.squeeze_excite.op import SE_GATE, SE_GATE_BACKWARD
 
 
 def project(
@@ -77,7 +77,7 @@ OF_GATE = {"gamma2", "beta2", "v1", "c1", "v2", "c2"}
 def project_backward(
     backend: str, need: set[str], before: bool, grad: Tensor, d: Tensor, norm2: tuple[Any, ...],
     p: Tensor, stats3: Tensor, fixed3: bool, group3: str, pooled: Tensor, gate: Tensor | None,
-    v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None, se_act: int, gate_act: int,
+    v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, se_act: int, gate_act: int,
     w3: Tensor, gamma3: Tensor | None, beta3: Tensor | None, eps3: float, scale: Tensor | None,
 ) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor | None, Tensor] | None]:  # fmt: skip
     """The gradients in `need`; and, if `before` is, what the half before goes on with.
@@ -103,17 +103,15 @@ def project_backward(
     if not for_d:
         return grads, None
 
-    # BatchNorm's sums of dz2 = (G * gate + shift) * act2'(bn2(d)) from those of its factors per image.
-    of_gate, of_slope, of_xhat = sums
-    shift = None
-    if gate is not None:
-        assert v1 is not None and v2 is not None
-        shift, *of_weights = gate_backward(of_gate, pooled[0], v1, c1, v2, c2, se_act, gate_act)
-        grads |= zip(("v1", "c1", "v2", "c2"), of_weights, strict=True)
-        shift = shift / (d.shape[2] * d.shape[3])
-        of_slope = gate * of_slope + shift * pooled[1]
-        of_xhat = gate * of_xhat + shift * pooled[2]
-    return grads, (G, shift, torch.stack([of_slope.sum(0), of_xhat.sum(0)]))
+    # BatchNorm's sums of dz2 = (G * gate + shift) * act2'(bn2(d)) come from those of its factors per image.
+    if gate is None:
+        return grads, (G, None, sums[1:].sum(1))
+    assert v1 is not None and v2 is not None
+    shift, sums, *of_weights = SE_GATE_BACKWARD(
+        backend, sums, gate, pooled, v1, c1, v2, se_act, gate_act, d.shape[2] * d.shape[3]
+    )
+    grads |= zip(("v1", "c1", "v2", "c2"), of_weights, strict=True)
+    return grads, (G, shift, sums)
 
 
 def of_norm(
@@ -183,7 +181,7 @@ _INPUTS = (
     "x", "gamma2", "beta2", "mean2", "var2", "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3",
     "scale", "residual", "groups", "eps", "acts",
 )  # fmt: skip
-_SAVED = ("x", "gamma2", "beta2", "v1", "c1", "v2", "c2", "w3", "gamma3", "beta3", "scale")
+_SAVED = ("x", "gamma2", "beta2", "v1", "c1", "v2", "w3", "gamma3", "beta3", "scale")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -197,7 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
-    x, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale, p, stats2, stats3, pooled, gate = ctx.saved_tensors
+    x, gamma2, beta2, v1, c1, v2, w3, gamma3, beta3, scale, p, stats2, stats3, pooled, gate = ctx.saved_tensors
     act2, se_act, gate_act = ctx.acts
     fixed2, fixed3 = ctx.fixed
     eps2, eps3 = ctx.eps
@@ -205,7 +203,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
     grad = grad.contiguous(memory_format=suggest_memory_format(p))
     grads, rest = project_backward(
-        backend, need, "x" in need, grad, x, norm2, p, stats3, fixed3, ctx.groups[1], pooled, gate, v1, c1, v2, c2,
+        backend, need, "x" in need, grad, x, norm2, p, stats3, fixed3, ctx.groups[1], pooled, gate, v1, c1, v2,
         se_act, gate_act, w3, gamma3, beta3, eps3, scale,
     )  # fmt: skip
     grads["residual"] = grad

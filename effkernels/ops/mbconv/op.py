@@ -90,8 +90,7 @@ _INPUTS = (
     "eps", "acts", "window",
 )  # fmt: skip
 _SAVED = (
-    "x", "w1", "bias1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "c2", "w3", "gamma3", "beta3",
-    "scale",
+    "x", "w1", "bias1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "w3", "gamma3", "beta3", "scale",
 )  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
     saved = ctx.saved_tensors
-    x, w1, bias1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, c2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
+    x, w1, bias1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
     e, d, p, stats1, stats2, stats3, pooled, gate = saved[len(_SAVED) :]
     eps1, eps2, eps3 = ctx.eps
     act1, act2, se_act, gate_act = ctx.acts
@@ -120,7 +119,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
     gate = given(gate)
     grads, rest = project_backward(
-        backend, need, bool(for_conv), grad, d, norm2, p, stats3, fixed3, group3, pooled, gate, v1, c1, v2, c2,
+        backend, need, bool(for_conv), grad, d, norm2, p, stats3, fixed3, group3, pooled, gate, v1, c1, v2,
         se_act, gate_act, w3, gamma3, beta3, eps3, scale,
     )  # fmt: skip
     if rest is None:

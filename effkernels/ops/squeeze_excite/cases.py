@@ -1,21 +1,21 @@
-"""Cases of `spatial_mean`, `se_gate` and `channel_scale`."""
+"""Cases of `spatial_mean`, `se_gate`, `se_gate_backward` and `channel_scale`."""
 
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from effkernels.ops._activation import Activation
+from effkernels.ops._activation import ACTIVATIONS, Activation
 from effkernels.ops._cases import DTYPES, Case, Comparison, as_float64, drawn_map, feature_map, huge, maps
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.cases import CORE_MAPS, CUT_MAPS, LARGE_MAPS, compare_sums
 from effkernels.ops.batch_norm.op import Reduce, statistics_dtype
 from effkernels.ops.squeeze_excite import reference
-from effkernels.ops.squeeze_excite.op import CHANNEL_SCALE, SE_GATE, SPATIAL_MEAN
+from effkernels.ops.squeeze_excite.op import CHANNEL_SCALE, SE_GATE, SE_GATE_BACKWARD, SPATIAL_MEAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,36 @@ class SeGate(Case):
         yield Comparison("gate", outputs[0], reference.gate_of(*arguments), exact)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeGateBackward(SeGate):
+    op: ClassVar[Op] = SE_GATE_BACKWARD
+    sums: bool = True
+    area: int = 49
+
+    def make(self) -> tuple[Any, ...]:
+        pooled, w1, b1, w2, b2, act, gate = super().make()
+        gates = reference.gate_of(pooled, w1, b1, w2, b2, act, gate)
+        grad, others = torch.randn(3, *gates.shape, dtype=gates.dtype), torch.randn(2, *gates.shape, dtype=gates.dtype)
+        pooled = torch.cat([pooled[None], others])
+        if self.strided:
+            grad, pooled = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (grad, pooled))
+        rows = 3 if self.sums else 1
+        return grad[:rows], gates, pooled[:rows], w1, b1, w2, act, gate, self.area
+
+    @classmethod
+    def drawn(cls, numbers: random.Random) -> "SeGateBackward":
+        gate = SeGate.drawn(numbers)
+        given = {field.name: getattr(gate, field.name) for field in fields(gate)}
+        given["act"] = numbers.choice(list(ACTIVATIONS.values()))
+        return cls(**given, sums=numbers.choice((True, False)), area=numbers.randint(1, 200))
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        names = ("shift", "sums", "grad_w1", "grad_b1", "grad_w2", "grad_b2")
+        eager, exact = reference.gate_backward(*arguments), reference.gate_backward(*as_float64(arguments))
+        for name, *same in zip(names, outputs, eager, exact, strict=True):
+            yield Comparison(name, *same)
+
+
 def _cases() -> Iterator[Case]:
     numbers = random.Random(0)
     for m in CORE_MAPS:
@@ -117,19 +147,22 @@ def _cases() -> Iterator[Case]:
 
     sizes = ((0, 3, 1), (1, 1, 1), (3, 17, 5), (2, 96, 4), (2, 300, 129))
     for (batch, channels, reduced), dtype in itertools.product(sizes, (torch.float32, torch.float16)):
+        of_gate: dict[str, Any] = dict(batch=batch, channels=channels, reduced=reduced, dtype=dtype)
         biases = numbers.choice((True, False)), numbers.choice((True, False))
-        yield SeGate(tag="core", batch=batch, channels=channels, reduced=reduced, biases=biases, dtype=dtype)
-    yield SeGate(
-        tag="core", batch=3, channels=17, reduced=5, strided=True, act=Activation.RELU, gate=Activation.HARDSIGMOID
-    )
+        yield SeGate(tag="core", biases=biases, **of_gate)
+        yield SeGateBackward(tag="core", biases=biases, sums=reduced != 4, **of_gate)
+    relu: dict[str, Any] = dict(act=Activation.RELU, gate=Activation.HARDSIGMOID)
+    for case in (SeGate, SeGateBackward):
+        yield case(tag="core", batch=3, channels=17, reduced=5, strided=True, **relu)
     more = ((130, 8, 2), (1, 576, 24), (1, 1152, 48), (5, 129, 2))
     for (batch, channels, reduced), dtype in itertools.product((*sizes, *more), (*DTYPES, torch.float64)):
         for act, gate in itertools.product(Activation, (Activation.SIGMOID, Activation.HARDSIGMOID)):
             if numbers.random() < 0.2:
-                yield SeGate(
-                    batch=batch, channels=channels, reduced=reduced, act=act, gate=gate, dtype=dtype,
-                    tag="instance" if dtype == torch.bfloat16 and channels == 576 else "",
-                )  # fmt: skip
+                of_gate = dict(batch=batch, channels=channels, reduced=reduced, act=act, gate=gate, dtype=dtype)
+                yield SeGate(**of_gate, tag="instance" if dtype == torch.bfloat16 and channels == 576 else "")
+                if act in ACTIVATIONS.values():
+                    yield SeGateBackward(**of_gate)
+    yield SeGateBackward(batch=19, channels=100, reduced=33)
 
 
 CASES = list(_cases())

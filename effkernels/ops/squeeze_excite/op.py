@@ -1,15 +1,15 @@
-"""Squeeze-excite: the phases `spatial_mean`, `se_gate`, `channel_scale`, and `squeeze_excite`, the fusion."""
+"""Squeeze-excite: the phases `spatial_mean`, `se_gate`, its backward, `channel_scale`, and the fusion of them."""
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from effkernels.ops._activation import activate, activate_backward
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import spread, statistics_dtype
+from effkernels.ops.squeeze_excite import reference
 
 
 def _spatial_mean_fake(x: Tensor) -> Tensor:
@@ -43,32 +43,22 @@ def _se_gate_fake(
 
 def _se_gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.act, ctx.gate = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output, *tensors)
 
 
 def _se_gate_backward(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    pooled, w1, b1, w2, b2 = ctx.saved_tensors
-    return *gate_backward(grad, pooled, w1, b1, w2, b2, ctx.act, ctx.gate), None, None
+    gates, pooled, w1, b1, w2, b2 = ctx.saved_tensors
+    return *gate_backward(backend, grad, gates, pooled, w1, b1, w2, b2, ctx.act, ctx.gate), None, None
 
 
 def gate_backward(
-    grad_gate: Tensor, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of pooled, w1, b1, w2, b2. The tensors are small: everything is recomputed from `pooled`."""
-    wide = [None if t is None else t.to(pooled.dtype) for t in (w1, b1, w2, b2)]
-    v1, c1, v2, c2 = wide
-    assert v1 is not None and v2 is not None
-    u1 = F.linear(pooled, v1, c1)  # [N, R]
-    hidden = activate(u1, act)
-    grad_u2 = activate_backward(grad_gate, F.linear(hidden, v2, c2), gate)  # [N, C]
-    grad_u1 = activate_backward(grad_u2 @ v2, u1, act)
-    return (
-        grad_u1 @ v1,
-        (grad_u1.T @ pooled).to(w1.dtype),
-        None if b1 is None else grad_u1.sum(0).to(b1.dtype),
-        (grad_u2.T @ hidden).to(w2.dtype),
-        None if b2 is None else grad_u2.sum(0).to(b2.dtype),
-    )
+    backend: str, grad: Tensor, gates: Tensor, pooled: Tensor,
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: int, gate: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of pooled, w1, b1, w2, b2."""
+    backward = partial(SE_GATE_BACKWARD, backend) if backend in SE_GATE_BACKWARD.overloads else reference.gate_backward
+    of_pooled, _, of_w1, of_b1, of_w2, of_b2 = backward(grad[None], gates, pooled[None], w1, b1, w2, act, gate, 1)
+    return of_pooled, of_w1, None if b1 is None else of_b1, of_w2, None if b2 is None else of_b2
 
 
 # gate(w2 act(w1 pooled + b1) + b2): [N, C] -> [N, C] in the dtype of `pooled`; w1 [R, C], w2 [C, R], of one dtype.
@@ -81,6 +71,30 @@ SE_GATE = Op(
     flops=lambda pooled, w1, b1, w2, *_: Flops(2 * pooled.shape[0] * (w1.numel() + w2.numel())),
 )
 SE_GATE.implement_in_triton("effkernels.ops.squeeze_excite.triton")
+
+
+def _se_gate_backward_fake(
+    grad: Tensor, gates: Tensor, pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor,
+    act: int, gate: int, area: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    of_weights = (w1.new_empty(shape) for shape in (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1]))
+    sums = gates.new_empty((grad.shape[0] - 1, gates.shape[1]))
+    return gates.new_empty(gates.shape), sums, *of_weights
+
+
+# The backward of `se_gate`, whose output is `gates`, of means over `area` pixels. The first of [1 or 3, N, C] is the
+# gradient of the gates in `grad`, and those means in `pooled`. Their gradient over `area` is `shift`, what goes back to
+# each pixel. Of the other rows, `sums` are those of gates * grad + shift * pooled over the images: a BatchNorm's two if
+# grad comes from `pointwise_backward` and pooled from `bn_pool`. Weights' gradients are of the dtype of the weights.
+SE_GATE_BACKWARD = Op(
+    "se_gate_backward",
+    "(Tensor grad, Tensor gates, Tensor pooled, Tensor w1, Tensor? b1, Tensor w2, int act, int gate, SymInt area)"
+    " -> (Tensor shift, Tensor sums, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)",
+    backends=("cpp", "triton"),
+    fake=_se_gate_backward_fake,
+    flops=lambda grad, gates, pooled, w1, *_: Flops(10 * gates.shape[0] * w1.numel()),
+)
+SE_GATE_BACKWARD.implement_in_triton("effkernels.ops.squeeze_excite.triton")
 
 # x * gate[:, :, None, None], multiplied in float32 and rounded once.
 CHANNEL_SCALE = Op(
@@ -124,7 +138,7 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor |
     if not any(need_gate) and ctx.pooled_given:
         return grad_x, *(None,) * 7
     grad_gate = (grad_y * x).sum((2, 3), dtype=g.dtype)
-    grad_pooled, *grad_weights = gate_backward(grad_gate, pooled, w1, b1, w2, b2, ctx.act, ctx.gate)
+    grad_pooled, *grad_weights = gate_backward(backend, grad_gate, g, pooled, w1, b1, w2, b2, ctx.act, ctx.gate)
     if ctx.pooled_given:
         return grad_x, grad_pooled, *grad_weights, None, None
     if grad_x is not None:
