@@ -21,7 +21,7 @@ void run_norm_pass(NormPassParams& p) {
   EFFK_CPU_FUNCTION(norm_pass_plan)(p);
   p.sums = scratch<2>(p.units * p.sums_count * p.padded * compute_size(p.dtype));
   const auto run = EFFK_CPU_FUNCTION(norm_pass_run);
-  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+  for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
 }

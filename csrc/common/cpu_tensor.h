@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -229,6 +230,29 @@ void* scratch(size_t bytes) {
     buffer.size = size;
   }
   return buffer.data.get();
+}
+
+// run(first, last) of units [0, units) in the threads of PyTorch's pool. A thread takes those of a share of its own, which
+// lie side by side in memory, then what others have left: one may wait longer for memory, or for its core.
+template <class Run>
+void for_units(int64_t units, Run run) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), units);
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next.store(t * units / threads, std::memory_order_relaxed);
+    shares[t].end = (t + 1) * units / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = shares[(t + i) % threads];
+        for (int64_t unit; (unit = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) run(unit, unit + 1);
+      }
+  });
 }
 
 // Partial results of a kernel, [images, parts, rows, padded], of which `channels` of each row count.

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> dwconv(
   p.partials = partials.data();
   EFFK_CPU_FUNCTION(dwconv_pack)(p);
   const auto run = EFFK_CPU_FUNCTION(dwconv_run);
-  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+  for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size * element));
   });
 

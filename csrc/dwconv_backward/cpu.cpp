@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
   if (need_sums) p.sums = scratch<3>(parts * 2 * p.padded * compute_size(dtype));
   EFFK_CPU_FUNCTION(dwconv_backward_pack)(p);
   const auto run = EFFK_CPU_FUNCTION(dwconv_backward_run);
-  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+  for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
 

@@ -26,7 +26,7 @@ inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> map_pass(const T
   std::vector<double> partials(reduce == Reduce::kNone ? 0 : p.x.n * p.bands * 2 * p.x.c);
   p.partials = partials.data();
   const auto run = EFFK_CPU_FUNCTION(map_pass_run);
-  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+  for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
   if (reduce != Reduce::kNone)

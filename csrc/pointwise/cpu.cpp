@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   p.partials = partials.data();
   pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, map.c, outputs);
   const auto run = EFFK_CPU_FUNCTION(pointwise_run);
-  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+  for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
 
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   p.products = scratch<3>(p.products_size);
   if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, outputs, map.c);
   const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
-  torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
+  for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
 
