@@ -108,16 +108,15 @@ def test_a_block_used_twice(block, kernels):
 
 # What is computed backward for one parameter alone, in the order of the calls; and, of phases that may leave their
 # input's or their weight's gradient out, which of the two.
+UP_TO_GATE = ["bn_backward_sums", "pointwise_backward input", "se_gate_backward"]
 ONLY = {
     "project.bn.weight": ["bn_backward_sums"],
     "project.conv.weight": ["bn_backward_sums", "pointwise_backward weight"],
-    "se.reduce.bias": ["bn_backward_sums", "pointwise_backward input"],
-    "depthwise.bn.bias": ["bn_backward_sums", "pointwise_backward input"],
-    "depthwise.conv.weight": ["bn_backward_sums", "pointwise_backward input", "dwconv_backward weight"],
-    "expand.bn.weight": ["bn_backward_sums", "pointwise_backward input", "dwconv_backward input"],
-    "expand.conv.weight": [
-        *("bn_backward_sums", "pointwise_backward input", "dwconv_backward input", "pointwise_backward weight"),
-    ],
+    "se.reduce.bias": UP_TO_GATE,
+    "depthwise.bn.bias": UP_TO_GATE,
+    "depthwise.conv.weight": [*UP_TO_GATE, "dwconv_backward weight"],
+    "expand.bn.weight": [*UP_TO_GATE, "dwconv_backward input"],
+    "expand.conv.weight": [*UP_TO_GATE, "dwconv_backward input", "pointwise_backward weight"],
 }
 
 
