@@ -66,7 +66,7 @@ class Op:
         self._times_read = times_read
         self._scratch = scratch
         self.flops = flops
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}
         self.overloads: dict[str, torch._ops.OpOverload] = {}
         for backend in backends:
             qualified = f"effkernels::{name}.{backend}"
@@ -77,11 +77,8 @@ class Op:
             torch.library.register_autograd(overload, formula, setup_context=setup_context, lib=_library)
             self.overloads[backend] = overload
             OPS[overload] = self
-            if backward:
-                members = {"forward": overload, "setup_context": setup_context, "backward": formula}
-                self._functions[backend] = type(
-                    f"{name}_{backend}", (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
-                )
+            if backward and setup_context:
+                self._functions[backend] = _function(f"{name}_{backend}", overload, setup_context, formula)
 
     def implement(self, backend: str, function: Callable[..., Any]) -> None:
         """Register a Python implementation."""
@@ -135,14 +132,31 @@ class Op:
             raise RuntimeError(
                 f"effkernels::{self.name}.{backend} has no forward-mode derivative; use_backend('eager') has"
             )
-        # The autograd.Function is the same formula with a third of register_autograd's overhead per call.
+        # The autograd.Function is the same formula with a small part of register_autograd's overhead per call.
         if (
             backend in self._functions
             and torch.is_grad_enabled()
             and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
         ):
-            return self._functions[backend].apply(*args)
-        return self.overloads[backend](*args)
+            return self._functions[backend](*args)
+        if torch.is_grad_enabled():
+            return self.overloads[backend](*args)
+        with torch._C._AutoDispatchBelowAutograd():  # which has nothing to record, and is slow to see that
+            return self.overloads[backend](*args)
+
+
+def _function(
+    name: str, overload: Callable[..., Any], setup_context: Callable[..., None], formula: Callable[..., Any]
+) -> Callable[..., Any]:
+    members = {"forward": overload, "setup_context": setup_context, "backward": formula}
+    function: Any = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+
+    def apply(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # without inspecting the signature first
+
+    return apply
 
 
 def size(tensor: torch.Tensor, shape: Sequence[int] | None = None) -> int:
