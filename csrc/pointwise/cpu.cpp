@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
 std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
     const Tensor& grad, std::optional<Tensor> scale, const Tensor& y, const Tensor& mean2, const Tensor& var2,
     std::optional<Tensor> gamma2, double eps2, std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x,
-    const Tensor& mean1, const Tensor& var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1,
-    int64_t act1, std::optional<Tensor> gate, bool need_input, bool need_weight) {
+    std::optional<Tensor> mean1, std::optional<Tensor> var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1,
+    double eps1, int64_t act1, std::optional<Tensor> gate, bool need_input, bool need_weight) {
   const Dtype dtype = dtype_of(x);
   const Map map = map_of(x);
   const int64_t outputs = y.size(1);
@@ -80,8 +80,9 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   const Tensor grad_gated =
       need_input ? empty_map(x, map.h, map.w, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
   const Tensor grad_weight = need_weight ? empty_matrix(x, outputs, map.c, wide) : empty_vector(x, 0, wide);
+  const bool need_sums = need_input && mean1;
   const int64_t sums_strides[] = {std::max<int64_t>(map.n, 1) * map.c, map.c, 1};
-  const Tensor sums = need_input ? empty_strided(x, {3, map.n, map.c}, sums_strides, wide) : empty_vector(x, 0, wide);
+  const Tensor sums = need_sums ? empty_strided(x, {3, map.n, map.c}, sums_strides, wide) : empty_vector(x, 0, wide);
 
   PointwiseBackwardParams p{};
   p.dtype = dtype;
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   EFFK_CPU_FUNCTION(pointwise_backward_plan)(p);
   const size_t sums_size = map.n * p.image_tiles * 3 * map.c * compute_size(dtype);
   p.packed = scratch<0>(p.packed_size);
-  p.sums = scratch<2>(need_input ? sums_size : 0);
+  if (need_sums) p.sums = scratch<2>(sums_size);
   p.products = scratch<3>(p.products_size);
   if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, outputs, map.c);
   const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   with_compute(dtype, [&](auto zero) {
     using C = decltype(zero);
     const int64_t c = map.c;
-    if (need_input)
+    if (need_sums)
       merge_parts({p.sums, map.n, p.image_tiles, 3, c, c}, static_cast<C*>(sums.mutable_data_ptr()), c, sums_strides[0], 1,
                   [&](int64_t row, int64_t channel, double sum) { return row == 2 ? sum * before.rstd()[channel] : sum; });
     if (need_weight)

@@ -236,7 +236,7 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
     const int64_t n = tile / p.image_tiles, first = tile % p.image_tiles * p.tile_pixels;
     const int64_t pixels = min64(p.tile_pixels, map - first);
     const C* gate = p.gate ? static_cast<const C*>(p.gate) + n * channels : nullptr;
-    C* sums = static_cast<C*>(p.sums) + tile * 3 * channels;
+    C* sums = p.sums ? static_cast<C*>(p.sums) + tile * 3 * channels : nullptr;
     const Tile<C> dy = gradient_tile<T>(p, n, first, pixels, dy_buffer, layout.dy_stride, y_buffer);
     for (int64_t i = first_panel; i < end_panel; ++i) {
       const int64_t c = panels.begin(i) * V, here = min64(panels.vectors(i) * V, channels - c);
@@ -249,8 +249,9 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
         if (sizeof(T) < sizeof(C))
           for (int64_t j = 0; j < pixels * panel; j += V) store(g + j, rounded<T>(load(g + j)));
       }
+      if (!sums && !p.need_weight) continue;
       const Tile<C> x = load_tile<T>(p.x, n, first, pixels, c, here, x_buffer);
-      activate_x(p.before, gate, c, here, x, p.grad_gated.data ? g : nullptr, pixels, h, panel, sums, channels);
+      activate_x(p.before, gate, c, here, x, sums ? g : nullptr, pixels, h, panel, sums, channels);
       if (!p.need_weight) continue;
       // The panel of h as the packed operand: [pixels][vectors][lanes].
       if (vectors < kPanelVectors)

@@ -44,7 +44,7 @@ struct PointwiseBackwardParams {
   int64_t packed_size, scratch_size, products_size;  // bytes
 
   void* packed;
-  void* sums;      // [N, image_tiles, 3, C], of compute_t
+  void* sums;      // [N, image_tiles, 3, C], of compute_t, or null
   void* products;  // [parts][O][padded], of compute_t: dy (h * gate)^T
 };
 

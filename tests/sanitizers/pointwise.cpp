@@ -21,16 +21,17 @@ static std::vector<Buffer> forward(PointwiseParams p, bool channels_last, int64_
   return {y, partials};
 }
 
-static std::vector<Buffer> backward(PointwiseBackwardParams p, bool channels_last, bool need_input, int threads) {
+static std::vector<Buffer> backward(PointwiseBackwardParams p, bool channels_last, bool need_input, bool need_sums,
+                                    int threads) {
   const Dtype wide = compute_dtype(p.dtype);
   const Map& x = p.x;
   const Buffer grad_gated(p.dtype, need_input ? x.n * x.c * x.h * x.w : 0);
   if (need_input) p.grad_gated = output_map(grad_gated, channels_last, x.n, x.c, x.h, x.w);
   EFFK_CPU_FUNCTION(pointwise_backward_plan)(p);
   const Buffer packed = Buffer::of_bytes(wide, p.packed_size), products = Buffer::of_bytes(wide, p.products_size);
-  const Buffer sums(wide, need_input ? x.n * p.image_tiles * 3 * x.c : 0);
+  const Buffer sums(wide, need_sums ? x.n * p.image_tiles * 3 * x.c : 0);
   p.packed = packed.data();
-  p.sums = sums.data();
+  p.sums = need_sums ? sums.data() : nullptr;
   p.products = products.data();
   const auto pack = EFFK_CPU_FUNCTION(pointwise_backward_pack);
   if (need_input)
@@ -83,8 +84,9 @@ static const Cases cases([] {
           b.before = before.norm;
           b.gate = number % 2 ? gate.data() : nullptr;
           b.need_weight = variant != 1;
+          const bool need_input = variant != 2, need_sums = need_input && number % 3;
           check("pointwise_backward " + name,
-                [&](int threads) { return backward(b, x.channels_last, variant != 2, threads); });
+                [&](int threads) { return backward(b, x.channels_last, need_input, need_sums, threads); });
         }
 });
 

@@ -145,10 +145,9 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         if not need & {"x", "w1"}:
             return grads
         means1 = None if fixed1 else means_of_all(sums, stats1, e, group1)
-        zeros = x.new_zeros(x.shape[1], dtype=stats1.dtype)
         dx, _, grads["w1"] = POINTWISE_BACKWARD(
             backend, dz1, None, e, stats1[0], stats1[1], gamma1, eps1, means1, w1,
-            x, zeros, torch.ones_like(zeros), None, None, 0.0, 0, None, "x" in need, "w1" in need,
+            x, *NO_NORM, None, "x" in need, "w1" in need,
         )  # fmt: skip
     if "x" in need:
         grads["x"] = dx.add_(grad) if ctx.residual else dx

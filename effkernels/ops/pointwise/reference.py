@@ -34,18 +34,18 @@ def pointwise(
 def pointwise_backward(
     grad: Tensor, scale: Tensor | None, y: Tensor, mean2: Tensor, var2: Tensor, gamma2: Tensor | None, eps2: float,
     grad_means: Tensor | None, weight: Tensor,
-    x: Tensor, mean1: Tensor, var1: Tensor, gamma1: Tensor | None, beta1: Tensor | None, eps1: float, act1: int,
-    gate: Tensor | None, need_input: bool, need_weight: bool,
+    x: Tensor, mean1: Tensor | None, var1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None,
+    eps1: float, act1: int, gate: Tensor | None, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dz, yhat = grad_of_norm(grad, scale, None, y, mean2, var2, None, None, eps2, 0)
     dy = grad_of_input(dz, yhat, var2, gamma2, eps2, grad_means).to(x.dtype)
-    norm = (mean1, var1, gamma1, beta1, eps1, act1)
-    grad_gated, sums, grad_weight = x.new_empty(0), mean1.new_empty(0), mean1.new_empty(0)
+    grad_gated, sums, grad_weight = x.new_empty(0), mean2.new_empty(0), mean2.new_empty(0)
     if need_input:
         grad_gated = F.conv2d(dy, weight.T[:, :, None, None])
-        sums = gated_sums(grad_gated, x, *norm)
+        if mean1 is not None and var1 is not None:
+            sums = gated_sums(grad_gated, x, mean1, var1, gamma1, beta1, eps1, act1)
     if need_weight:
-        h = norm_act(x.to(mean1.dtype), *norm)
+        h = norm_act(x.to(mean2.dtype), mean1, var1, gamma1, beta1, eps1, act1)
         if gate is not None:
             h = h * gate[:, :, None, None]
         grad_weight = torch.einsum("nohw,nchw->oc", dy.to(h.dtype), h.to(x.dtype).to(h.dtype))

@@ -238,10 +238,13 @@ def pointwise_backward_kernel(
 def pointwise_backward(
     grad: Tensor, scale: Tensor | None, y: Tensor, mean2: Tensor, var2: Tensor, gamma2: Tensor | None, eps2: float,
     grad_means: Tensor | None, weight: Tensor,
-    x: Tensor, mean1: Tensor, var1: Tensor, gamma1: Tensor | None, beta1: Tensor | None, eps1: float, act1: int,
-    gate: Tensor | None, need_input: bool, need_weight: bool,
+    x: Tensor, mean1: Tensor | None, var1: Tensor | None, gamma1: Tensor | None, beta1: Tensor | None,
+    eps1: float, act1: int, gate: Tensor | None, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
+    need_sums = need_input and mean1 is not None
+    if mean1 is None or var1 is None:  # one kernel for both: it normalises by nothing
+        mean1, var1 = x.new_zeros(channels, dtype=torch.float32), x.new_ones(channels, dtype=torch.float32)
     area = height * width
     # Both gradients in one launch where that of the weights fits the registers; otherwise x and dy are read twice.
     fused = need_input and need_weight and outputs <= 32
@@ -279,6 +282,6 @@ def pointwise_backward(
             launch(None, weights, tile_size(outputs, 64))
     return (
         x.new_empty(0) if out is None else out,
-        sums_per_image(sums, batch) if need_input else sums,
+        sums_per_image(sums, batch) if need_sums else x.new_empty(0, dtype=torch.float32),
         x.new_empty(0, dtype=torch.float32) if weights is None else weights.sum(0),
     )
