@@ -48,6 +48,7 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
 # One per generation, which runs on all chips of that generation; the last known to nvcc as PTX too, for those to come.
 CUDA_ARCHES = ["7.5", "8.0", "9.0", "10.0", "12.0"]
@@ -80,11 +81,14 @@ LIBRARIES = {
 FAILED = "does not compile"
 
 
-def isas() -> dict[str, list[str]]:
-    """The instruction sets that CPU kernels are compiled for, and the compiler flags of each."""
-    if platform.machine() in ("x86_64", "AMD64"):
-        return {"baseline": [], "avx2": AVX2, "avx512": AVX2 + AVX512}
-    return {"baseline": []}
+def isas(kernel: pathlib.Path | None = None) -> dict[str, list[str]]:
+    """The instruction sets that CPU kernels, or one source of them, are compiled for, and the compiler flags of each."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"baseline": []}
+    sets = {"baseline": [], "avx2": AVX2, "avx512": AVX2 + AVX512, "amx": AVX2 + AVX512 + AMX}
+    if kernel and "EFFK_EACH_PRODUCT_ISA" not in kernel.with_suffix(".h").read_text():
+        del sets["amx"]  # it multiplies no matrices
+    return sets
 
 
 def find_torch() -> Torch | None:
@@ -354,7 +358,7 @@ def _write_ninja(torch: Torch | None, cxx: str, work: pathlib.Path, wanted: list
         kernels = [
             compile("cxx", source, [*cxx_flags, *KERNEL_FLAGS, *flags, f"-DEFFK_ISA={isa}"], f".{isa}")
             for source in sources("*/cpu_kernel.cpp")
-            for isa, flags in isas().items()
+            for isa, flags in isas(source).items()
         ]
         link_with_torch("cpu", kernels, [cxx], [], ["-ltorch_cpu"])
     if "cuda" in wanted:

@@ -1,6 +1,7 @@
 // Instruction sets of the CPU kernels, and the choice between them at run time.
 //
-// Every csrc/<op>/cpu_kernel.cpp is compiled once per instruction set, with EFFK_ISA as the name of its namespace.
+// Every csrc/<op>/cpu_kernel.cpp is compiled once per instruction set, with EFFK_ISA as the name of its namespace; for
+// amx, which multiplies matrices, only where there are products, which EFFK_EACH_PRODUCT_ISA declares.
 // Callers take the address of the variant that this machine runs: EFFK_CPU_FUNCTION(dwconv_run)(params, ...).
 #pragma once
 
@@ -11,24 +12,54 @@
 #include <string>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__)
 #define EFFK_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
+#define EFFK_EACH_PRODUCT_ISA(X) EFFK_EACH_ISA(X) X(amx)
 #define EFFK_CPU_FUNCTION(name) \
-  ::effk::select_isa(&::effk::baseline::name, &::effk::avx2::name, &::effk::avx512::name)
+  ::effk::select_isa(&::effk::baseline::name, &::effk::avx2::name, &::effk::avx512::name, &::effk::amx::name)
 #else
 #define EFFK_EACH_ISA(X) X(baseline)
+#define EFFK_EACH_PRODUCT_ISA(X) EFFK_EACH_ISA(X)
 #define EFFK_CPU_FUNCTION(name) (&::effk::baseline::name)
 #endif
 
 namespace effk {
 
-enum class CpuIsa { kBaseline, kAvx2, kAvx512 };
+namespace avx512 {}
+namespace amx {
+using namespace avx512;
+}
+
+enum class CpuIsa { kBaseline, kAvx2, kAvx512, kAmx };
+constexpr CpuIsa kCpuIsas[] = {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAmx};
+
+// Whether the processor has tiles of bfloat16, and the system keeps their registers for this process.
+inline bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 inline CpuIsa best_cpu_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return CpuIsa::kAvx512;
+    return has_amx() ? CpuIsa::kAmx : CpuIsa::kAvx512;
   // GCC names no "f16c" before 13; every CPU with AVX2 and FMA has it.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuIsa::kAvx2;
 #endif
@@ -36,7 +67,8 @@ inline CpuIsa best_cpu_isa() {
 }
 
 inline const char* cpu_isa_name(CpuIsa isa) {
-  return isa == CpuIsa::kAvx512 ? "avx512" : isa == CpuIsa::kAvx2 ? "avx2" : "baseline";
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(isa)];
 }
 
 // The instruction set in use: the best that this machine has, or a lesser one named by EFFKERNELS_CPU_ISA.
@@ -45,18 +77,18 @@ inline CpuIsa cpu_isa() {
     const CpuIsa best = best_cpu_isa();
     const char* wanted = std::getenv("EFFKERNELS_CPU_ISA");
     if (!wanted || !*wanted) return best;
-    for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512})
+    for (CpuIsa isa : kCpuIsas)
       if (isa <= best && std::strcmp(wanted, cpu_isa_name(isa)) == 0) return isa;
     throw std::invalid_argument(std::string("EFFKERNELS_CPU_ISA must be an instruction set of this machine, one of "
-                                            "baseline, avx2, avx512, got ") + wanted);
+                                            "baseline, avx2, avx512, amx, got ") + wanted);
   }();
   return chosen;
 }
 
 template <class Function>
-Function select_isa(Function baseline, Function avx2, Function avx512) {
-  const CpuIsa isa = cpu_isa();
-  return isa == CpuIsa::kAvx512 ? avx512 : isa == CpuIsa::kAvx2 ? avx2 : baseline;
+Function select_isa(Function baseline, Function avx2, Function avx512, Function amx) {
+  const Function variants[] = {baseline, avx2, avx512, amx};
+  return variants[static_cast<int>(cpu_isa())];
 }
 
 }  // namespace effk

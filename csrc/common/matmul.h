@@ -1,16 +1,21 @@
 // Matrix products of the CPU kernels: rows of a map (pixels) times a 1x1 convolution's weight, in tiles that stay in
 // registers. Only inside csrc/*/cpu_kernel.cpp, as vec.h.
 //
-//     pack_weight(weight, columns, depth, packed);  // once: [columns, depth] -> packed_size<C>(columns, depth)
+//     using P = Product<T>;  // T is stored, C = compute_t<T> is computed
+//     pack_weight<P>(weight, columns, depth, packed);  // once: [columns, depth] -> packed_size<P>(columns, depth)
+//     const P product(row_count);
+//     const Rows<C> left = P::left({x, x_row, 1, depth}, row_count, nullptr, buffer);  // left_size(row_count, depth)
 //     const Panels<C> panels(columns);
 //     for (int64_t i = 0; i < panels.count; ++i)
-//       multiply<C>(rows, row_count, packed + panels.offset(i, depth), panels.vectors(i), out, out_row, out_vector);
+//       product.store(left, row_count, packed + panels.begin(i) * P::column_vector(depth), panels.vectors(i), out, out_row,
+//                     out_vector);
 //
 // `out` is the raw product. What follows (scale, shift, activation, residual, statistics, conversion) is a pass over rows
 // that are still in the first-level cache: against `depth` multiplications per value its load and store are nothing, and
 // the tiles stay free of it.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "vec_map.h"
@@ -37,46 +42,7 @@ struct Panels {
 
   int64_t begin(int64_t i) const { return i * all / count; }  // the panel's first vector
   int vectors(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
-  int64_t offset(int64_t i, int64_t depth) const { return begin(i) * kLanes<C> * depth; }  // of the panel, packed
 };
-
-template <class C>
-int64_t packed_size(int64_t columns, int64_t depth) {
-  return round_up<C>(columns) * depth;
-}
-
-// Rearranges `count` elements along the depth of a weight [columns, depth], which begin at `first`, to panels of
-// [depth][vectors][lanes], with zeros past the last column. Strides are those of `weight`.
-template <class T>
-void pack_weight(const T* weight, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, int64_t first,
-                 int64_t count, compute_t<T>* packed) {
-  using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
-  const Panels<C> panels(columns);
-  for (int64_t i = 0; i < panels.count; ++i) {
-    const int vectors = panels.vectors(i);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t column = (panels.begin(i) + v) * V, columns_here = min64(columns - column, V);
-      for (int64_t k = 0; k < count; k += V) {
-        const int here = static_cast<int>(min64(count - k, V));
-        Vec<C> block[V] = {};
-        for (int64_t j = 0; j < columns_here; ++j) {
-          const T* at = weight + (column + j) * column_stride + k * k_stride;
-          block[j] = k_stride == 1 ? load_n(at, here) : load_strided(at, k_stride, here);
-        }
-        transpose<C>(block);
-        C* out = packed + panels.offset(i, depth) + ((first + k) * vectors + v) * V;
-        for (int j = 0; j < here; ++j) store(out + j * vectors * V, block[j]);
-      }
-    }
-  }
-}
-
-// The whole of a dense weight.
-template <class T>
-void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* packed) {
-  pack_weight(weight, depth, 1, columns, depth, 0, depth, packed);
-}
 
 // The left operand. Element k of row r is at data[r * stride + k / segment * segment_stride + k % segment * k_stride]:
 // the pixels of any map, and of one that is kept in blocks of channels.
@@ -92,6 +58,17 @@ struct Rows {
       : Rows(data, stride, k_stride, depth, depth, 0) {}
   Rows(const C* data, int64_t stride, int64_t k_stride, int64_t depth, int64_t segment, int64_t segment_stride)
       : data(data), stride(stride), k_stride(k_stride), depth(depth), segment(segment), segment_stride(segment_stride) {}
+
+  const C* at(int64_t row, int64_t k) const {
+    return data + row * stride + k / segment * segment_stride + k % segment * k_stride;
+  }
+};
+
+// What will be read next, to be fetched during a product.
+template <class C>
+struct Ahead {
+  const C* data;
+  int64_t size;
 };
 
 // Fetches a line of `ahead` per step of the depth.
@@ -154,29 +131,143 @@ inline MultiplyTile<C> multiply_tile_for(int rows, int vectors) {
                         : multiply_tile_of<C, kAdd, kPanelVectors>(rows, sizes);
 }
 
-// What will be read next, to be fetched during a product.
-template <class C>
-struct Ahead {
-  const C* data;
-  int64_t size;
+// Operands as they are: rows where they lie, a panel of a weight as [depth][vectors][lanes].
+template <class T>
+class PlainProduct {
+ public:
+  using C = compute_t<T>;
+  static constexpr bool kSplit = false;
+  static constexpr int64_t kSlack = 0;
+
+  // Sizes in elements of C: the depth that products run over, a row of a left operand that was made, a vector of columns
+  // of a right one.
+  static int64_t padded(int64_t depth) { return depth; }
+  static int64_t row(int64_t depth) { return depth; }
+  static int64_t column_vector(int64_t depth) { return depth * kLanes<C>; }
+  // Of the buffer for `left`.
+  static int64_t left_size(int64_t count, int64_t depth, bool gated = false) { return gated ? count * depth : 0; }
+  static int64_t right_size(int64_t) { return 0; }
+
+  // `count` rows as the left operand, times gate [depth] if there is one.
+  static Rows<C> left(const Rows<C>& rows, int64_t count, const C* gate, C* buffer) {
+    if (!gate) return rows;
+    for (int64_t k = 0; k < rows.depth; k += kLanes<C>) {
+      const int lanes = static_cast<int>(min64(rows.depth - k, kLanes<C>));
+      const Vec<C> g = load_n(gate + k, lanes);
+      const C* from = rows.at(0, k);
+      for (int64_t r = 0; r < count; ++r) store_n(buffer + r * rows.depth + k, load_n(from + r * rows.stride, lanes) * g, lanes);
+    }
+    return {buffer, rows.depth, 1, rows.depth};
+  }
+
+  // A panel [depth][vectors][lanes] as the right operand.
+  static const C* right(const C* panel, int64_t, int, C*) { return panel; }
+
+  // For products of about `count` rows.
+  explicit PlainProduct(int64_t) {}
+
+  // out[r][v] = the product of row r and vector v of a packed panel; strides in elements. `count` rows. Meanwhile `next`
+  // is fetched, the panel after this one if nothing else is given.
+  void store(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
+             Ahead<C> next = {}) const {
+    run<false>(a, count, panel, vectors, out, out_row, out_vector, next);
+  }
+  // out[r][v] += that.
+  void add(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row,
+           int64_t out_vector) const {
+    run<true>(a, count, panel, vectors, out, out_row, out_vector, {});
+  }
+
+ private:
+  template <bool kAdd>
+  static void run(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
+                  Ahead<C> next) {
+    // Tiles as even as can be: nine rows as 5 and 4, since one row alone would wait for each of its products.
+    const int64_t tiles = ceil_div(count, kTileRows);
+    const C* data = a.data;
+    const int64_t size = a.depth * vectors * kLanes<C>, step = a.depth * kLanes<C>;
+    if (!next.data) next = {panel + size, size};
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = i * count / tiles, rows = (i + 1) * count / tiles - row;
+      a.data = data + row * a.stride;
+      multiply_tile_for<C, kAdd>(static_cast<int>(rows), vectors)(
+          a, panel, out + row * out_row, out_row, out_vector, i * step < next.size ? next.data + i * step : panel);
+    }
+  }
 };
 
-// out[r][v] = the product of row r and vector v of a packed panel, or += that; strides in elements. `count` rows.
-// Meanwhile `next` is fetched, the panel after this one if nothing else is given.
-template <class C, bool kAdd = false>
-void multiply(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
-              Ahead<C> next = {}) {
-  // Tiles as even as can be: nine rows as 5 and 4, since one row alone would wait for each of its products.
-  const int64_t tiles = ceil_div(count, kTileRows);
-  const C* data = a.data;
-  const int64_t size = a.depth * vectors * kLanes<C>, step = a.depth * kLanes<C>;
-  if (!next.data) next = {panel + size, size};
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t row = i * count / tiles, rows = (i + 1) * count / tiles - row;
-    a.data = data + row * a.stride;
-    multiply_tile_for<C, kAdd>(static_cast<int>(rows), vectors)(
-        a, panel, out + row * out_row, out_row, out_vector, i * step < next.size ? next.data + i * step : panel);
+}  // namespace
+}  // namespace effk
+
+#if defined(__AMX_BF16__)
+#include "matmul_amx.h"
+#endif
+
+namespace effk {
+namespace {
+
+#if defined(__AMX_BF16__)
+template <class T>
+using Product = std::conditional_t<std::is_same_v<T, double>, PlainProduct<T>, SplitProduct<T>>;
+#else
+template <class T>
+using Product = PlainProduct<T>;
+#endif
+
+template <class P>
+int64_t packed_size(int64_t columns, int64_t depth) {
+  return ceil_div(columns, kLanes<typename P::C>) * P::column_vector(depth);
+}
+
+// Packs `count` elements along the depth of a weight with `columns` columns, which begin at `first`, a multiple of
+// P::padded(1). fill(k, n, column, lanes, out, stride) gives elements [k, k + n) of them of a vector of columns.
+template <class P, class Fill>
+void pack_panels(int64_t columns, int64_t depth, int64_t first, int64_t count, typename P::C* packed, Fill fill) {
+  using C = typename P::C;
+  constexpr int V = kLanes<C>;
+  C buffer[2 * V * kPanelVectors * V];
+  const Panels<C> panels(columns);
+  for (int64_t i = 0; i < panels.count; ++i) {
+    const int vectors = panels.vectors(i);
+    C* panel = packed + panels.begin(i) * P::column_vector(depth) + vectors * P::column_vector(first);
+    for (int64_t k = 0; k < count; k += 2 * V) {
+      const int64_t n = min64(count - k, 2 * V);
+      C* out = panel + vectors * P::column_vector(k);
+      C* block = P::kSplit ? buffer : out;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t column = (panels.begin(i) + v) * V;
+        fill(k, n, column, static_cast<int>(min64(columns - column, V)), block + v * V, vectors * V);
+      }
+      P::right(block, n, vectors, out);
+    }
   }
+}
+
+// A weight [columns, depth] with strides, or a part of its depth.
+template <class P, class T>
+void pack_weight(const T* weight, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, int64_t first,
+                 int64_t count, compute_t<T>* packed) {
+  using C = compute_t<T>;
+  constexpr int V = kLanes<C>;
+  pack_panels<P>(columns, depth, first, count, packed,
+                 [&](int64_t k, int64_t n, int64_t column, int columns_here, C* out, int64_t stride) {
+    for (int64_t begin = 0; begin < n; begin += V) {
+      const int here = static_cast<int>(min64(n - begin, V));
+      Vec<C> block[V] = {};
+      for (int64_t j = 0; j < columns_here; ++j) {
+        const T* at = weight + (column + j) * column_stride + (k + begin) * k_stride;
+        block[j] = k_stride == 1 ? load_n(at, here) : load_strided(at, k_stride, here);
+      }
+      transpose<C>(block);
+      for (int j = 0; j < here; ++j) store(out + (begin + j) * stride, block[j]);
+    }
+  });
+}
+
+// The whole of a dense weight.
+template <class P, class T>
+void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* packed) {
+  pack_weight<P>(weight, depth, 1, columns, depth, 0, depth, packed);
 }
 
 }  // namespace

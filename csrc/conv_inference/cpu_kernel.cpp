@@ -11,47 +11,61 @@ namespace {
 constexpr int64_t kRectPixels = 128;  // of a unit, or more: the weight is read once for them
 constexpr int64_t kBlockPixels = 64;   // whose products stay in the first-level cache until they are stored
 
-inline int64_t depth_of(const ConvParams& p) { return p.kernel_h * p.kernel_w * p.x.c; }
+template <class T>
+int64_t depth_of(const ConvParams& p) {
+  return p.kernel_h * p.kernel_w * Product<T>::padded(p.x.c);
+}
 
-// The pixels of x under a rectangle of output pixels, padded: [rows][width][channels].
+// The pixels of x under a rectangle of output pixels, padded: [rows][width][pixel], each a left operand.
+template <class T>
 struct Window {
-  int64_t rows, width;
+  int64_t rows, width, pixel;
 
   explicit Window(const ConvParams& p)
-      : rows((p.rect_h - 1) * p.stride + p.kernel_h), width((p.rect_w - 1) * p.stride + p.kernel_w) {}
+      : rows((p.rect_h - 1) * p.stride + p.kernel_h), width((p.rect_w - 1) * p.stride + p.kernel_w),
+        pixel(Product<T>::row(p.x.c)) {}
 };
 
 // Whether x can be read as it lies.
 template <class T>
 bool is_direct(const ConvParams& p) {
-  return std::is_same_v<T, compute_t<T>> && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
+  return std::is_same_v<T, compute_t<T>> && !Product<T>::kSplit && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
 }
 
+// `buffer` has room for a row of values.
 template <class T>
-void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Window& window, compute_t<T>* out) {
+void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Window<T>& window, compute_t<T>* out,
+           compute_t<T>* buffer) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const Map& x = p.x;
   const int64_t begin = min64(max64(-left, 0), window.width), end = max64(min64(x.w - left, window.width), begin);
-  const int64_t columns = end - begin, row = window.width * x.c;
+  const int64_t columns = end - begin, row = window.width * window.pixel;
   for (int64_t i = 0; i < window.rows; ++i) {
-    C* to = out + i * row;
+    C* staged = out + i * row;
     if (top + i < 0 || top + i >= x.h) {
-      std::memset(to, 0, row * sizeof(C));
+      std::memset(staged, 0, row * sizeof(C));
       continue;
     }
-    std::memset(to, 0, begin * x.c * sizeof(C));
-    std::memset(to + end * x.c, 0, (window.width - end) * x.c * sizeof(C));
-    to += begin * x.c;
-    if (x.stride_c == 1 && x.stride_w == x.c) {
+    std::memset(staged, 0, begin * window.pixel * sizeof(C));
+    std::memset(staged + end * window.pixel, 0, (window.width - end) * window.pixel * sizeof(C));
+    staged += begin * window.pixel;
+    if constexpr (std::is_same_v<T, C> && Product<T>::kSplit)
+      if (x.stride_c == 1) {
+        const T* from = row_of<T>(x, n, 0, top + i) + (left + begin) * x.stride_w;
+        Product<T>::left({from, x.stride_w, 1, x.c}, columns, nullptr, staged);
+        continue;
+      }
+    C* to = Product<T>::kSplit ? buffer : staged;
+    const bool dense = x.stride_c == 1 && x.stride_w == x.c;
+    if (dense) {
       const T* from = row_of<T>(x, n, 0, top + i) + (left + begin) * x.c;
       for (int64_t j = 0; j < columns * x.c; j += V) {
         const int lanes = static_cast<int>(min64(columns * x.c - j, V));
         store_n(to + j, load_n(from + j, lanes), lanes);
       }
-      continue;
     }
-    for (int64_t c = 0; c < x.c; c += V) {
+    for (int64_t c = 0; !dense && c < x.c; c += V) {
       const int lanes = static_cast<int>(min64(x.c - c, V));
       const T* from = row_of<T>(x, n, c, top + i) + (left + begin) * x.stride_w;
       if (x.stride_c == 1) {
@@ -65,6 +79,7 @@ void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Wind
         for (int l = 0; l < pixels; ++l) store_n(to + (j + l) * x.c + c, load(block + l * V), lanes);
       }
     }
+    Product<T>::left({to, x.c, 1, x.c}, columns, nullptr, staged);
   }
 }
 
@@ -76,31 +91,33 @@ void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
   const int64_t across = ceil_div(p.out_w, p.rect_w), first_row = rect / across * p.rect_h;
   const int64_t first_column = rect % across * p.rect_w;
   const Panels<C> panels(p.out_c);
-  const Window window(p);
-  const C *weight = static_cast<const C*>(p.packed), *norm = weight + packed_size<C>(p.out_c, depth_of(p));
+  const Window<T> window(p);
+  const int64_t depth = depth_of<T>(p);
+  const C *weight = static_cast<const C*>(p.packed), *norm = weight + packed_size<Product<T>>(p.out_c, depth);
   const Finish<C> finish = finish_for<C>(p.activation);
   const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.has_shortcut ? &p.shortcut : nullptr};
   const int64_t rows = min64(p.rect_h, p.out_h - first_row), columns = min64(p.rect_w, p.out_w - first_column);
   const int64_t top = first_row * p.stride - p.pad_top, left = first_column * p.stride - p.pad_left;
-  C *raw = scratch, *staged = raw + kPanelVectors * kBlockPixels * V;
-  if (!is_direct<T>(p)) stage<T>(p, n, top, left, window, staged);
+  C *raw = scratch, *buffer = raw + kPanelVectors * kBlockPixels * V, *staged = buffer + window.width * p.x.c;
+  if (!is_direct<T>(p)) stage<T>(p, n, top, left, window, staged, buffer);
+  const Product<T> product(min64(columns, kBlockPixels));
   auto operand = [&](int64_t row, int64_t column) -> Rows<C> {
     if constexpr (std::is_same_v<T, C>)
       if (is_direct<T>(p))
         return {row_of<T>(p.x, n, 0, top + row * p.stride) + (left + column * p.stride) * p.x.stride_w,
                 p.stride * p.x.stride_w, p.x.stride_c, p.x.c};
-    const int64_t line = window.width * p.x.c;
-    return {staged + row * p.stride * line + column * p.stride * p.x.c, p.stride * p.x.c, 1, depth_of(p),
-            p.kernel_w * p.x.c, line};
+    const int64_t line = window.width * window.pixel;
+    return {staged + row * p.stride * line + column * p.stride * window.pixel, p.stride * window.pixel, 1,
+            p.kernel_h * p.kernel_w * window.pixel, p.kernel_w * window.pixel, line};
   };
   for (int64_t i = share * panels.count / p.shares; i < (share + 1) * panels.count / p.shares; ++i) {
     const int vectors = panels.vectors(i);
-    const C* panel = weight + panels.offset(i, depth_of(p));
+    const C* panel = weight + panels.begin(i) * Product<T>::column_vector(depth);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < columns; column += kBlockPixels) {
         const int64_t count = min64(columns - column, kBlockPixels);
         const int64_t pixel = (first_row + row) * p.out_w + first_column + column;
-        multiply<C>(operand(row, column), count, panel, vectors, raw, V, kBlockPixels * V);
+        product.store(operand(row, column), count, panel, vectors, raw, V, kBlockPixels * V);
         for (int v = 0; v < vectors; ++v) {
           C* block = raw + v * kBlockPixels * V;
           finish(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
@@ -134,8 +151,9 @@ void plan(ConvParams& p, int64_t threads) {
   p.rects = ceil_div(p.out_h, p.rect_h) * ceil_div(p.out_w, p.rect_w);
   p.shares = best_split(p.x.n * p.rects, Panels<C>(p.out_c).count, 0, 1, threads);
   p.units = p.x.n * p.rects * p.shares;
-  const Window window(p);
-  p.scratch_size = kPanelVectors * kBlockPixels * kLanes<C> + (is_direct<T>(p) ? 0 : window.rows * window.width * p.x.c);
+  const Window<T> window(p);
+  p.scratch_size = kPanelVectors * kBlockPixels * kLanes<C> + window.width * p.x.c;
+  if (!is_direct<T>(p)) p.scratch_size += (window.rows * window.width + p.stride * Product<T>::kSlack) * window.pixel;
 }
 
 }  // namespace
@@ -143,18 +161,23 @@ void plan(ConvParams& p, int64_t threads) {
 namespace EFFK_ISA {
 
 int64_t conv_packed_size(const ConvParams& p) {
-  auto size = [&](auto c) { return packed_size<decltype(c)>(p.out_c, depth_of(p) + 2); };
-  return p.dtype == Dtype::kFloat64 ? size(double{}) : size(float{});
+  int64_t size = 0;
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    size = packed_size<Product<T>>(p.out_c, depth_of<T>(p)) + 2 * round_up<compute_t<T>>(p.out_c);
+  });
+  return size;
 }
 
 void conv_pack(const ConvParams& p, const void* weight, const Affine& norm, void* packed) {
   with_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     using C = compute_t<T>;
-    const int64_t taps = p.kernel_h * p.kernel_w, depth = depth_of(p);
+    const int64_t taps = p.kernel_h * p.kernel_w, depth = depth_of<T>(p);
     for (int64_t t = 0; t < taps; ++t)
-      pack_weight(static_cast<const T*>(weight) + t, depth, taps, p.out_c, depth, t * p.x.c, p.x.c, static_cast<C*>(packed));
-    pack_norm(norm, p.out_c, static_cast<C*>(packed) + packed_size<C>(p.out_c, depth));
+      pack_weight<Product<T>>(static_cast<const T*>(weight) + t, taps * p.x.c, taps, p.out_c, depth, t * Product<T>::padded(p.x.c),
+                  p.x.c, static_cast<C*>(packed));
+    pack_norm(norm, p.out_c, static_cast<C*>(packed) + packed_size<Product<T>>(p.out_c, depth));
   });
 }
 

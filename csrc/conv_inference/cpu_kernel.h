@@ -38,7 +38,7 @@ struct ConvParams {
   void conv_plan(ConvParams& params, int64_t threads);                                                     \
   void conv_run(const ConvParams& params, int64_t first_unit, int64_t last_unit, void* scratch);           \
   }
-EFFK_EACH_ISA(EFFK_DECLARE)
+EFFK_EACH_PRODUCT_ISA(EFFK_DECLARE)
 #undef EFFK_DECLARE
 
 }  // namespace effk

@@ -14,7 +14,7 @@ std::vector<Binder>& binders() {
 
 static std::vector<std::string> available_cpu_isas() {
   std::vector<std::string> names;
-  for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512})
+  for (CpuIsa isa : kCpuIsas)
     if (isa <= best_cpu_isa()) names.emplace_back(cpu_isa_name(isa));
   return names;
 }

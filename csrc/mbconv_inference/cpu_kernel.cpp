@@ -4,6 +4,7 @@
 #include "depthwise.h"
 #include "matmul.h"
 #include "pixels.h"
+#include "tile.h"
 
 namespace effk {
 namespace {
@@ -11,37 +12,82 @@ namespace {
 // --- where things lie -------------------------------------------------------------------------------------------------
 
 // The packed weights, in elements; scales and shifts are padded to whole vectors.
-template <class C>
+template <class T>
 struct Packed {
+  using C = compute_t<T>;
   int64_t expand, norm1, depthwise, norm2, gate, project, norm3, size;
 
   explicit Packed(const MbconvParams& p) {
     const int64_t hidden = round_up<C>(p.hidden), taps = p.kernel_size * p.kernel_size;
     expand = 0;
-    norm1 = expand + (p.has_expand ? packed_size<C>(p.hidden, p.x.c) : 0);
+    norm1 = expand + (p.has_expand ? packed_size<Product<T>>(p.hidden, p.x.c) : 0);
     depthwise = norm1 + (p.has_expand ? 2 * hidden : 0);
     norm2 = depthwise + hidden * taps;
     gate = norm2 + 2 * hidden;
     project = gate + (p.squeezed ? GateLayout<C>(p.hidden, p.squeezed).size : 0);
-    norm3 = project + packed_size<C>(p.out_c, p.hidden);
+    norm3 = project + packed_size<Product<T>>(p.out_c, p.hidden);
     size = norm3 + 2 * round_up<C>(p.out_c);
   }
 };
 
+constexpr int64_t kGroupPixels = 48;  // expanded at once, where rows are shorter: fills tiles, and reuses the weights
+
+// Whether x must be converted, or its rows joined, before it can be multiplied.
+template <class T>
+bool needs_staging(const MbconvParams& p) {
+  const bool joined = p.x.w >= kGroupPixels || p.x.h == 1 || p.x.stride_h == p.x.w * p.x.stride_w;
+  return p.has_expand && (Product<T>::kSplit || !std::is_same_v<T, compute_t<T>> || !joined);
+}
+
 // What the phases hand on for one image, in elements: d as planes of one vector of channels, [vectors][pixels][lanes],
-// its sums over each band [bands][channels], and the gates [channels].
-template <class C>
+// its sums over each band [bands][channels], the gates [channels], and x as a left operand if it needs staging.
+template <class T>
 struct Image {
-  int64_t plane, sums, gates, size;
+  using C = compute_t<T>;
+  int64_t plane, sums, gates, staged, staged_row, size;
 
   explicit Image(const MbconvParams& p) {
     const int64_t hidden = round_up<C>(p.hidden);
     plane = odd_lines(p.out_h * p.out_w) * kLanes<C>;
     sums = hidden / kLanes<C> * plane;
     gates = sums + p.bands * hidden;
-    size = gates + hidden;
+    staged = gates + hidden;
+    staged_row = Product<T>::kSplit ? Product<T>::row(p.x.c) : round_up<C>(p.x.c);
+    size = staged + (needs_staging<T>(p) ? (p.x.h * p.x.w + Product<T>::kSlack) * staged_row : 0);
   }
 };
+
+// --- stage ------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kStagePixels = 256;  // of a unit
+
+inline int64_t stage_units(const MbconvParams& p) { return ceil_div(p.x.h * p.x.w, kStagePixels); }
+
+template <class T>
+void stage(const MbconvParams& p, int64_t n, int64_t unit, compute_t<T>* image, compute_t<T>* scratch) {
+  using C = compute_t<T>;
+  const Image<T> im(p);
+  const int64_t end = min64((unit + 1) * kStagePixels, p.x.h * p.x.w);
+  for (int64_t pixel = unit * kStagePixels; pixel < end; pixel += kGroupPixels) {
+    const int64_t count = min64(end - pixel, kGroupPixels);
+    C* out = image + im.staged + pixel * im.staged_row;
+    if constexpr (Product<T>::kSplit) {
+      const Tile<C> x = load_tile<T>(p.x, n, pixel, count, 0, p.x.c, scratch);
+      Product<T>::left({x.data, x.stride, 1, p.x.c}, count, nullptr, out);
+    } else {
+      load_tile<T>(p.x, n, pixel, count, 0, p.x.c, out, im.staged_row);
+    }
+  }
+}
+
+// `rows` rows of x as the left operand of a product.
+template <class T>
+Rows<compute_t<T>> input_rows(const MbconvParams& p, int64_t n, int64_t row, const compute_t<T>* image) {
+  if constexpr (std::is_same_v<T, compute_t<T>>)
+    if (!needs_staging<T>(p)) return {row_of<T>(p.x, n, 0, row), p.x.stride_w, p.x.stride_c, p.x.c};
+  const Image<T> im(p);
+  return {image + im.staged + row * p.x.w * im.staged_row, im.staged_row, 1, Product<T>::row(p.x.c)};
+}
 
 // --- expand and depthwise ---------------------------------------------------------------------------------------------
 //
@@ -49,18 +95,15 @@ struct Image {
 // needs stand in a ring in scratch, activated and padded with zero columns: [vectors][slots][width][lanes]. So e never
 // reaches memory, no pixel of it is computed twice within a band, and no tap has a bounds check.
 
-constexpr int64_t kGroupPixels = 48;  // expanded at once, where rows are shorter: fills tiles, and reuses the weights
-
 template <class C>
 struct Ring {
   int64_t rows;                     // of the map, expanded at once
   int64_t slots, width, left, columns;
   int64_t ring;                     // of one vector of channels
   int64_t line;                     // of one vector: `rows` raw rows of e, or one of d
-  int64_t staged;                   // of x
   int64_t size;
 
-  Ring(const MbconvParams& p, bool staging) {
+  explicit Ring(const MbconvParams& p) {
     rows = p.has_expand ? min64(ceil_div(kGroupPixels, p.x.w), p.x.h) : 1;
     slots = p.kernel_size + rows - 1;
     width = padded_width(p.out_w, p.kernel_size, p.stride);
@@ -68,8 +111,7 @@ struct Ring {
     columns = min64(p.x.w, width - left);
     ring = odd_lines(slots * width) * kLanes<C>;
     line = odd_lines(max64(rows * p.x.w, width_in_tiles(p.out_w))) * kLanes<C>;
-    staged = staging ? rows * p.x.w * p.x.c : 0;
-    size = kPanelVectors * (ring + line) + round_up<C>(staged);
+    size = kPanelVectors * (ring + line);
   }
 };
 
@@ -83,53 +125,22 @@ ConvRow<C> conv_row_for(const MbconvParams& p) {
   }
 }
 
-// Whether the rows of x must be converted, or joined, before they can be multiplied.
-template <class T>
-bool needs_staging(const MbconvParams& p) {
-  const bool joined = p.x.w >= kGroupPixels || p.x.h == 1 || p.x.stride_h == p.x.w * p.x.stride_w;
-  return p.has_expand && !(std::is_same_v<T, compute_t<T>> && joined);
-}
-
-// `rows` rows of x as the left operand of a product.
-template <class T>
-Rows<compute_t<T>> input_rows(const MbconvParams& p, const T* x, int64_t rows, compute_t<T>* staged) {
-  using C = compute_t<T>;
-  const Map& m = p.x;
-  if constexpr (std::is_same_v<T, C>)
-    if (!needs_staging<T>(p)) return {x, m.stride_w, m.stride_c, m.c};
-  auto convert = [&](const T* in, int64_t stride, int64_t n, C* out) {
-    for (int64_t i = 0; i < n; i += kLanes<C>) {
-      const int lanes = static_cast<int>(min64(n - i, kLanes<C>));
-      store_n(out + i, stride == 1 ? load_n(in + i, lanes) : load_strided(in + i * stride, stride, lanes), lanes);
-    }
-  };
-  for (int64_t row = 0; row < rows; ++row) {
-    if (m.stride_c == 1)  // [pixels][channels]
-      for (int64_t column = 0; column < m.w; ++column)
-        convert(x + row * m.stride_h + column * m.stride_w, 1, m.c, staged + (row * m.w + column) * m.c);
-    else  // [channels][pixels]
-      for (int64_t c = 0; c < m.c; ++c)
-        convert(x + row * m.stride_h + c * m.stride_c, m.stride_w, m.w, staged + (c * rows + row) * m.w);
-  }
-  if (m.stride_c == 1) return {staged, m.c, 1, m.c};
-  return {staged, 1, rows * m.w, m.c};
-}
-
 template <class T>
 void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t band, compute_t<T>* image,
                       compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
-  const Packed<C> at(p);
-  const Image<C> im(p);
+  const Packed<T> at(p);
+  const Image<T> im(p);
   const Panels<C> panels(p.hidden);
-  const Ring<C> r(p, needs_staging<T>(p));
+  const Ring<C> r(p);
+  const Product<T> product(r.rows * p.x.w);
   const C* packed = static_cast<const C*>(p.packed);
   const int vectors = panels.vectors(chunk), k = p.kernel_size;
   const int64_t first = panels.begin(chunk), taps = k * k;
   const Finish<C> finish1 = finish_for<C>(p.act1), finish2 = finish_for<C>(p.act2);
   const ConvRow<C> conv = conv_row_for<C>(p);
-  C *rings = scratch, *lines = rings + kPanelVectors * r.ring, *staged_x = lines + kPanelVectors * r.line;
+  C *rings = scratch, *lines = rings + kPanelVectors * r.ring;
   Vec<C> sums[kPanelVectors] = {};
   for (int64_t i = 0; i < vectors * r.ring; i += V) store(rings + i, Vec<C>{});
 
@@ -142,9 +153,8 @@ void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t b
     for (staged = max64(staged, top); staged < bottom;) {
       const int64_t rows = min64(r.rows, last - staged);
       if (p.has_expand) {
-        const T* x = row_of<T>(p.x, n, 0, staged);
-        multiply<C>(input_rows<T>(p, x, rows, staged_x), rows * p.x.w, packed + at.expand + panels.offset(chunk, p.x.c),
-                    vectors, lines, V, r.line);
+        product.store(input_rows<T>(p, n, staged, image), rows * p.x.w,
+                      packed + at.expand + first * Product<T>::column_vector(p.x.c), vectors, lines, V, r.line);
         for (int v = 0; v < vectors; ++v) {
           const Scale<C> scale = packed_scale(packed + at.norm1, p.hidden, first + v);
           for (int64_t i = 0; i < rows; ++i)
@@ -176,14 +186,12 @@ void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t b
 
 // --- gate -------------------------------------------------------------------------------------------------------------
 
-// Whether the gate scales d, once; else it scales the projection's weight, which is smaller.
-inline bool scales_map(const MbconvParams& p) { return p.squeezed && p.out_h * p.out_w < p.out_c; }
-
-template <class C>
-void gate(const MbconvParams& p, C* image, C* scratch) {
+template <class T>
+void gate(const MbconvParams& p, compute_t<T>* image, compute_t<T>* scratch) {
+  using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   if (!p.squeezed) return;
-  const Image<C> im(p);
+  const Image<T> im(p);
   const int64_t hidden = round_up<C>(p.hidden), pixels = p.out_h * p.out_w;
   C *means = image + im.sums, *gates = image + im.gates;
   for (int64_t c = 0; c < hidden; c += V) {
@@ -191,51 +199,42 @@ void gate(const MbconvParams& p, C* image, C* scratch) {
     for (int64_t band = 1; band < p.bands; ++band) sum += load(means + band * hidden + c);
     store(means + c, sum / static_cast<C>(pixels));
   }
-  gate_images<C>(static_cast<const C*>(p.packed) + Packed<C>(p).gate, p.hidden, p.squeezed, p.squeeze_act, p.gate, means,
+  gate_images<C>(static_cast<const C*>(p.packed) + Packed<T>(p).gate, p.hidden, p.squeezed, p.squeeze_act, p.gate, means,
                  1, gates, scratch);
-  if (!scales_map(p)) return;
-  for (int64_t c = 0; c < p.hidden; c += V) {
-    const Vec<C> g = load_n(gates + c, static_cast<int>(min64(p.hidden - c, V)));
-    C* d = image + c / V * im.plane;
-    for (int64_t i = 0; i < pixels * V; i += V) store(d + i, load(d + i) * g);
-  }
 }
 
 // --- projection -------------------------------------------------------------------------------------------------------
 //
-// A unit is one image, a panel of output channels and a range of pixels, which are taken in blocks.
+// A unit is one image, a share of the panels of output channels and a range of pixels, which are taken in blocks.
 
 constexpr int64_t kBlockPixels = 64;
 
 template <class T>
-void project(const MbconvParams& p, int64_t n, int64_t i, int64_t split, const compute_t<T>* image,
+void project(const MbconvParams& p, int64_t n, int64_t share, int64_t split, const compute_t<T>* image,
              compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
-  const Image<C> im(p);
+  const Image<T> im(p);
   const Panels<C> panels(p.out_c);
-  const int vectors = panels.vectors(i);
-  const C* w = static_cast<const C*>(p.packed) + Packed<C>(p).project + panels.offset(i, p.hidden);
-  const Ahead<C> next{w + p.hidden * vectors * V, p.hidden * vectors * V};
-  C *raw = scratch, *scaled = raw + kBlockPixels * kPanelVectors * V;
-  if (p.squeezed && !scales_map(p)) {
-    for (int64_t k = 0; k < p.hidden; ++k) {
-      const Vec<C> g = broadcast(image[im.gates + k]);
-      for (int v = 0; v < vectors; ++v) store(scaled + (k * vectors + v) * V, load(w + (k * vectors + v) * V) * g);
-    }
-    w = scaled;
-  }
-  const C* norm = static_cast<const C*>(p.packed) + Packed<C>(p).norm3;
+  const C* weight = static_cast<const C*>(p.packed) + Packed<T>(p).project;
+  const C* norm = static_cast<const C*>(p.packed) + Packed<T>(p).norm3;
+  const C* gates = p.squeezed ? image + im.gates : nullptr;
+  C *raw = scratch, *buffer = raw + kBlockPixels * kPanelVectors * V;
   const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.residual ? &p.x : nullptr};
-  const int64_t end = min64((split + 1) * p.split_pixels, p.out_h * p.out_w);
-  for (int64_t pixel = split * p.split_pixels; pixel < end; pixel += kBlockPixels) {
+  const int64_t begin = split * p.split_pixels, end = min64(begin + p.split_pixels, p.out_h * p.out_w);
+  const Product<T> product(min64(end - begin, kBlockPixels));
+  for (int64_t pixel = begin; pixel < end; pixel += kBlockPixels) {
     const int64_t count = min64(end - pixel, kBlockPixels);
-    multiply<C>({image + pixel * V, V, 1, p.hidden, V, im.plane}, count, w, vectors, raw, V, kBlockPixels * V,
-                next);
-    for (int v = 0; v < vectors; ++v) {
-      C* block = raw + v * kBlockPixels * V;
-      finish<C, kIdentity>(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
-      store_pixels<T>(y, n, pixel, count, panels.begin(i) + v, block);
+    const Rows<C> left = Product<T>::left({image + pixel * V, V, 1, p.hidden, V, im.plane}, count, gates, buffer);
+    for (int64_t i = share * panels.count / p.shares; i < (share + 1) * panels.count / p.shares; ++i) {
+      const int vectors = panels.vectors(i);
+      product.store(left, count, weight + panels.begin(i) * Product<T>::column_vector(p.hidden), vectors, raw, V,
+                    kBlockPixels * V);
+      for (int v = 0; v < vectors; ++v) {
+        C* block = raw + v * kBlockPixels * V;
+        finish<C, kIdentity>(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
+        store_pixels<T>(y, n, pixel, count, panels.begin(i) + v, block);
+      }
     }
   }
 }
@@ -249,21 +248,23 @@ void plan(MbconvParams& p, int64_t threads) {
   const int64_t bands = best_split(p.x.n * Panels<C>(p.hidden).count, p.out_h, halo, p.kernel_size, threads);
   p.band_rows = ceil_div(p.out_h, bands);
   p.bands = ceil_div(p.out_h, p.band_rows);
-  const int64_t rescaling = p.squeezed && !scales_map(p) ? kLanes<C> : 0;
-  const int64_t splits = best_split(p.x.n * Panels<C>(p.out_c).count, pixels, rescaling, kBlockPixels, threads);
+  const int64_t splits = best_split(p.x.n, pixels, 0, kBlockPixels, threads);
   p.split_pixels = round_up<C>(ceil_div(pixels, splits));  // whole vectors of pixels, for NCHW
   p.splits = ceil_div(pixels, p.split_pixels);
-  p.image_size = Image<C>(p).size;
-  const int64_t project = kBlockPixels * kPanelVectors * kLanes<C> + (rescaling ? p.hidden * kPanelVectors * kLanes<C> : 0);
-  p.scratch_size = max64(max64(Ring<C>(p, needs_staging<T>(p)).size, project), gate_scratch_size<C>(p.hidden, p.squeezed));
+  p.shares = best_split(p.x.n * p.splits, Panels<C>(p.out_c).count, 0, 1, threads);
+  p.image_size = Image<T>(p).size;
+  const int64_t staging = kGroupPixels * round_up<C>(p.x.c);
+  const int64_t project =
+      kBlockPixels * kPanelVectors * kLanes<C> + Product<T>::left_size(kBlockPixels, p.hidden, p.squeezed > 0);
+  p.scratch_size = max64(max64(staging, Ring<C>(p).size), max64(project, gate_scratch_size<C>(p.hidden, p.squeezed)));
 }
 
 template <class T>
 void pack(const MbconvParams& p, const MbconvWeights& w, compute_t<T>* packed) {
   using C = compute_t<T>;
-  const Packed<C> at(p);
+  const Packed<T> at(p);
   if (p.has_expand) {
-    pack_weight(static_cast<const T*>(w.expand), p.hidden, p.x.c, packed + at.expand);
+    pack_weight<Product<T>>(static_cast<const T*>(w.expand), p.hidden, p.x.c, packed + at.expand);
     pack_norm(w.expand_norm, p.hidden, packed + at.norm1);
   }
   pack_taps(static_cast<const T*>(w.depthwise), p.hidden, p.kernel_size * p.kernel_size, packed + at.depthwise);
@@ -273,7 +274,7 @@ void pack(const MbconvParams& p, const MbconvWeights& w, compute_t<T>* packed) {
       using G = decltype(storage);
       if constexpr (std::is_same_v<compute_t<G>, C>) pack_gate<G>(w.gate, p.hidden, p.squeezed, packed + at.gate);
     });
-  pack_weight(static_cast<const T*>(w.project), p.out_c, p.hidden, packed + at.project);
+  pack_weight<Product<T>>(static_cast<const T*>(w.project), p.out_c, p.hidden, packed + at.project);
   pack_norm(w.project_norm, p.out_c, packed + at.norm3);
 }
 
@@ -281,20 +282,24 @@ template <class T>
 void run(const MbconvParams& p, MbconvPhase phase, int64_t first, int64_t last, compute_t<T>* images,
          compute_t<T>* scratch) {
   using C = compute_t<T>;
-  const int64_t chunks = Panels<C>(p.hidden).count, panels = Panels<C>(p.out_c).count;
+  const int64_t chunks = Panels<C>(p.hidden).count, stages = needs_staging<T>(p) ? stage_units(p) : 0;
   for (int64_t unit = first; unit < last; ++unit) {
     if (phase == MbconvPhase::kWhole) {
+      for (int64_t i = 0; i < stages; ++i) stage<T>(p, unit, i, images, scratch);
       for (int64_t i = 0; i < chunks * p.bands; ++i) expand_depthwise<T>(p, unit, i / p.bands, i % p.bands, images, scratch);
-      gate(p, images, scratch);
-      for (int64_t i = 0; i < panels * p.splits; ++i) project<T>(p, unit, i / p.splits, i % p.splits, images, scratch);
+      gate<T>(p, images, scratch);
+      for (int64_t i = 0; i < p.shares * p.splits; ++i) project<T>(p, unit, i / p.splits, i % p.splits, images, scratch);
+    } else if (phase == MbconvPhase::kStage) {
+      const int64_t n = unit / stages;
+      stage<T>(p, n, unit % stages, images + n * p.image_size, scratch);
     } else if (phase == MbconvPhase::kDepthwise) {
       const int64_t n = unit / p.bands / chunks;
       expand_depthwise<T>(p, n, unit / p.bands % chunks, unit % p.bands, images + n * p.image_size, scratch);
     } else if (phase == MbconvPhase::kGate) {
-      gate(p, images + unit * p.image_size, scratch);
+      gate<T>(p, images + unit * p.image_size, scratch);
     } else {
-      const int64_t n = unit / p.splits / panels;
-      project<T>(p, n, unit / p.splits % panels, unit % p.splits, images + n * p.image_size, scratch);
+      const int64_t n = unit / p.splits / p.shares;
+      project<T>(p, n, unit / p.splits % p.shares, unit % p.splits, images + n * p.image_size, scratch);
     }
   }
 }
@@ -304,7 +309,9 @@ void run(const MbconvParams& p, MbconvPhase phase, int64_t first, int64_t last, 
 namespace EFFK_ISA {
 
 int64_t mbconv_packed_size(const MbconvParams& p) {
-  return p.dtype == Dtype::kFloat64 ? Packed<double>(p).size : Packed<float>(p).size;
+  int64_t size = 0;
+  with_storage(p.dtype, [&](auto storage) { size = Packed<decltype(storage)>(p).size; });
+  return size;
 }
 
 void mbconv_plan(MbconvParams& p, int64_t threads) {
@@ -319,13 +326,14 @@ void mbconv_pack(const MbconvParams& p, const MbconvWeights& weights, void* pack
 }
 
 int64_t mbconv_units(const MbconvParams& p, MbconvPhase phase) {
-  const bool wide = p.dtype == Dtype::kFloat64;
-  auto panels = [&](int64_t c) { return wide ? Panels<double>(c).count : Panels<float>(c).count; };
-  switch (phase) {
-    case MbconvPhase::kDepthwise: return p.x.n * panels(p.hidden) * p.bands;
-    case MbconvPhase::kProject: return p.x.n * panels(p.out_c) * p.splits;
-    default: return p.x.n;
-  }
+  int64_t units = p.x.n;
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    if (phase == MbconvPhase::kStage) units *= needs_staging<T>(p) ? stage_units(p) : 0;
+    if (phase == MbconvPhase::kDepthwise) units *= Panels<compute_t<T>>(p.hidden).count * p.bands;
+    if (phase == MbconvPhase::kProject) units *= p.shares * p.splits;
+  });
+  return units;
 }
 
 void mbconv_run(const MbconvParams& p, MbconvPhase phase, int64_t first, int64_t last, void* images, void* scratch) {

@@ -39,16 +39,18 @@ struct MbconvParams {
   // How the work is cut, filled in by mbconv_plan. Sizes are in elements of compute_t.
   int64_t bands, band_rows;      // of output rows in the first phase
   int64_t splits, split_pixels;  // of output pixels in the last phase
-  int64_t image_size;            // of what the phases hand on: d, its sums and the gates
+  int64_t shares;                // of panels of output channels there
+  int64_t image_size;            // of what the phases hand on: x where it is staged, d, its sums and the gates
   int64_t scratch_size;          // per thread
 };
 
 // The phases, with a barrier between them, and their units of work.
 enum class MbconvPhase {
-  kWhole,      // all three, image by image
+  kWhole,      // all of them, image by image
+  kStage,      // image x range of pixels of x; none where x can be read as it lies
   kDepthwise,  // image x chunk of channels x band of rows
   kGate,       // image
-  kProject,    // image x panel of output channels x range of pixels
+  kProject,    // image x share of the output channels x range of pixels
 };
 
 #define EFFK_DECLARE(isa)                                                                                          \
@@ -61,7 +63,7 @@ enum class MbconvPhase {
   void mbconv_run(const MbconvParams& params, MbconvPhase phase, int64_t first, int64_t last, void* images,        \
                   void* scratch);                                                                                  \
   }
-EFFK_EACH_ISA(EFFK_DECLARE)
+EFFK_EACH_PRODUCT_ISA(EFFK_DECLARE)
 #undef EFFK_DECLARE
 
 }  // namespace effk

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   p.packed = scratch<0>(p.packed_size);
   std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : map.n * p.bands * 2 * outputs);
   p.partials = partials.data();
-  pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, map.c, outputs);
+  pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, pack_blocks(map.c), kPackDepth * outputs);
   const auto run = EFFK_CPU_FUNCTION(pointwise_run);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   p.packed = scratch<0>(p.packed_size);
   if (need_sums) p.sums = scratch<2>(sums_size);
   p.products = scratch<3>(p.products_size);
-  if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, outputs, map.c);
+  if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, pack_blocks(outputs), kPackDepth * map.c);
   const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));

@@ -38,12 +38,13 @@ void activate_tile(Tile<C> in, int64_t pixels, int64_t channels, const Affine& a
 template <class T>
 struct PointwiseScratch {
   using C = compute_t<T>;
-  int64_t x_stride, panel = kPanelVectors * kLanes<C>, x_size, out_size, vectors;
+  int64_t x_stride, panel = kPanelVectors * kLanes<C>, x_size, left_size, out_size, vectors;
 
   explicit PointwiseScratch(const PointwiseParams& p)
-      : x_stride(round_up<C>(p.x.c)), x_size(p.tile_pixels * x_stride), out_size(p.tile_pixels * panel),
+      : x_stride(round_up<C>(p.x.c)), x_size(p.tile_pixels * x_stride),
+        left_size(Product<T>::left_size(p.tile_pixels, p.x.c)), out_size(p.tile_pixels * panel),
         vectors(ceil_div(p.y.c, kLanes<C>)) {}
-  int64_t bytes() const { return (x_size + 2 * out_size) * sizeof(C) + vectors * sizeof(Sums<C>); }
+  int64_t bytes() const { return (x_size + left_size + 2 * out_size) * sizeof(C) + vectors * sizeof(Sums<C>); }
 };
 
 // y = product + bias + added, and sums of it as stored, of one vector of channels. The product's rows are `stride` long.
@@ -81,7 +82,8 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
   constexpr int V = kLanes<C>;
   const PointwiseScratch<T> layout(p);
   C* x_buffer = static_cast<C*>(scratch);
-  C* out = x_buffer + layout.x_size;
+  C* left_buffer = x_buffer + layout.x_size;
+  C* out = left_buffer + layout.left_size;
   C* residual = out + layout.out_size;
   Sums<C>* sums = reinterpret_cast<Sums<C>*>(residual + layout.out_size);
   const int64_t n = unit / p.bands, begin = unit % p.bands * p.band_pixels, map = p.y.h * p.y.w;
@@ -92,6 +94,7 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
   Activate<C> activate_x = nullptr;
   with_activation(p.prologue.activation, [&](auto act) { activate_x = &activate_tile<C, act>; });
   for (int64_t v = 0; v < layout.vectors; ++v) sums[v] = Sums<C>{};
+  const Product<T> product(p.tile_pixels);
 
   for (int64_t first = begin; first < end; first += p.tile_pixels) {
     const int64_t pixels = min64(p.tile_pixels, end - first);
@@ -100,12 +103,14 @@ void run_forward(const PointwiseParams& p, int64_t unit, void* scratch) {
       activate_x(x, pixels, p.x.c, p.prologue, gate, x_buffer, layout.x_stride);
       x = {x_buffer, layout.x_stride, 0};
     }
+    const Rows<C> left = Product<T>::left({x.data, x.stride, 1, p.x.c}, pixels, nullptr, left_buffer);
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t c = panels.begin(i) * V, channels = min64(panels.vectors(i) * V, p.y.c - c);
       const bool last = i + 1 == panels.count;
       const Ahead<C> next = last && x.ahead ? Ahead<C>{x.data + x.ahead, x.ahead} : Ahead<C>{};
-      multiply<C>({x.data, x.stride, 1, p.x.c}, pixels, static_cast<const C*>(p.packed) + panels.offset(i, p.x.c),
-                  panels.vectors(i), out, layout.panel, V, next);
+      product.store(left, pixels,
+                    static_cast<const C*>(p.packed) + panels.begin(i) * Product<T>::column_vector(p.x.c),
+                    panels.vectors(i), out, layout.panel, V, next);
       Tile<C> added{};
       if (p.residual.data) added = load_tile<T>(p.residual, n, first, pixels, c, channels, residual);
       // Straight to y where it holds what is computed, a pixel's channels side by side.
@@ -140,7 +145,7 @@ void plan_forward(PointwiseParams& p) {
   p.band_pixels = ceil_div(tiles, min64(tiles, wanted)) * p.tile_pixels;
   p.bands = ceil_div(map, p.band_pixels);
   p.units = p.x.n * p.bands;
-  p.packed_size = packed_size<C>(p.y.c, p.x.c) * sizeof(C);
+  p.packed_size = packed_size<Product<T>>(p.y.c, p.x.c) * sizeof(C);
   p.scratch_size = PointwiseScratch<T>(p).bytes();
 }
 
@@ -150,11 +155,15 @@ template <class T>
 struct BackwardScratch {
   using C = compute_t<T>;
   static constexpr int64_t panel = kPanelVectors * kLanes<C>;
-  int64_t dy_stride, dy_size, panel_size;
+  int64_t dy_stride, dy_size, panel_size, left_size, transposed_size, right_size;
 
   explicit BackwardScratch(const PointwiseBackwardParams& p)
-      : dy_stride(round_up<C>(p.y.c)), dy_size(p.tile_pixels * dy_stride), panel_size(p.tile_pixels * panel) {}
-  int64_t bytes() const { return (2 * dy_size + 3 * panel_size) * sizeof(C); }
+      : dy_stride(round_up<C>(p.y.c)), dy_size(p.tile_pixels * dy_stride), panel_size(p.tile_pixels * panel),
+        left_size(Product<T>::left_size(p.tile_pixels, p.y.c)),
+        transposed_size(Product<T>::left_size(p.y.c, p.tile_pixels)), right_size(Product<T>::right_size(p.tile_pixels)) {}
+  int64_t bytes() const {
+    return (2 * dy_size + 3 * panel_size + left_size + transposed_size + right_size) * sizeof(C);
+  }
 };
 
 // dy of a tile: what is left of the gradient before the BatchNorm after y.
@@ -180,16 +189,17 @@ Tile<compute_t<T>> gradient_tile(const PointwiseBackwardParams& p, int64_t n, in
   return {dy, stride, 0};
 }
 
-// Of a panel of `channels` from c on: h * gate, and the sums [3][C] of g * h, g * act' and g * act' * (x - mean) where
-// `g` is given.
+// Of a panel of `channels` from c on: h * gate as [pixels][vectors][lanes], and the sums [3][C] of g * h, g * act' and
+// g * act' * (x - mean) where `g` is given.
 template <class C>
 using Panel = void (*)(const NormBackward& norm, const C* gate, int64_t c, int64_t channels, Tile<C> x, const C* g,
-                       int64_t pixels, C* h, int64_t stride, C* sums, int64_t sums_stride);
+                       int64_t g_stride, int64_t pixels, C* h, C* sums, int64_t sums_stride);
 
 template <class C, int A>
 void activate_panel(const NormBackward& norm, const C* gate, int64_t c, int64_t channels, Tile<C> x, const C* g,
-                    int64_t pixels, C* h, int64_t stride, C* sums, int64_t sums_stride) {
+                    int64_t g_stride, int64_t pixels, C* h, C* sums, int64_t sums_stride) {
   constexpr int V = kLanes<C>;
+  const int64_t stride = round_up<C>(channels);
   for (int64_t j = 0; j < channels; j += V) {
     const int lanes = static_cast<int>(min64(channels - j, V));
     const Vec<C> scale = lanes_of<C>(norm.scale, c + j, lanes, 1), shift = lanes_of<C>(norm.shift, c + j, lanes, 0);
@@ -201,7 +211,7 @@ void activate_panel(const NormBackward& norm, const C* gate, int64_t c, int64_t 
       activate_with_slope<A>(value * scale + shift, activated, slope);
       store(h + i * stride + j, activated * gates);
       if (!g) continue;
-      const Vec<C> grad = load(g + i * stride + j);
+      const Vec<C> grad = load(g + i * g_stride + j);
       of_h += grad * activated;
       of_slope += grad * slope;
       of_x += grad * slope * (value - mean);
@@ -224,6 +234,9 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
   C* x_buffer = y_buffer + layout.dy_size;
   C* g = x_buffer + layout.panel_size;
   C* h = g + layout.panel_size;
+  C* left_buffer = h + layout.panel_size;
+  C* transposed_buffer = left_buffer + layout.left_size;
+  C* right_buffer = transposed_buffer + layout.transposed_size;
   Panel<C> activate_x = nullptr;
   with_activation(p.before.activation, [&](auto act) { activate_x = &activate_panel<C, act>; });
   const Panels<C> panels(channels);
@@ -231,6 +244,7 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
   const int64_t begin = part * tiles / p.parts, end = (part + 1) * tiles / p.parts;
   const int64_t first_panel = group * panels.count / p.groups, end_panel = (group + 1) * panels.count / p.groups;
   C* products = static_cast<C*>(p.products) + part * outputs * p.padded;
+  const Product<T> product(p.tile_pixels);
 
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t n = tile / p.image_tiles, first = tile % p.image_tiles * p.tile_pixels;
@@ -238,12 +252,15 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
     const C* gate = p.gate ? static_cast<const C*>(p.gate) + n * channels : nullptr;
     C* sums = p.sums ? static_cast<C*>(p.sums) + tile * 3 * channels : nullptr;
     const Tile<C> dy = gradient_tile<T>(p, n, first, pixels, dy_buffer, layout.dy_stride, y_buffer);
+    const Rows<C> left = Product<T>::left({dy.data, dy.stride, 1, outputs}, pixels, nullptr, left_buffer);
+    const Rows<C> transposed = Product<T>::left({dy.data, 1, dy.stride, pixels}, outputs, nullptr, transposed_buffer);
     for (int64_t i = first_panel; i < end_panel; ++i) {
       const int64_t c = panels.begin(i) * V, here = min64(panels.vectors(i) * V, channels - c);
       const int vectors = panels.vectors(i);
       if (p.grad_gated.data) {
-        multiply<C>({dy.data, dy.stride, 1, outputs}, pixels, static_cast<const C*>(p.packed) + c * outputs, vectors, g,
-                    panel, V);
+        product.store(left, pixels,
+                      static_cast<const C*>(p.packed) + panels.begin(i) * Product<T>::column_vector(outputs), vectors, g,
+                      panel, V);
         const int64_t next = i + 1 < end_panel ? here : pixels * channels + panels.begin(first_panel) * V - c;
         store_tile<T>(p.grad_gated, n, first, pixels, c, here, g, panel, next);
         if (sizeof(T) < sizeof(C))
@@ -251,14 +268,13 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
       }
       if (!sums && !p.need_weight) continue;
       const Tile<C> x = load_tile<T>(p.x, n, first, pixels, c, here, x_buffer);
-      activate_x(p.before, gate, c, here, x, sums ? g : nullptr, pixels, h, panel, sums, channels);
+      activate_x(p.before, gate, c, here, x, sums ? g : nullptr, panel, pixels, h, sums, channels);
       if (!p.need_weight) continue;
-      // The panel of h as the packed operand: [pixels][vectors][lanes].
-      if (vectors < kPanelVectors)
-        for (int64_t j = 0; j < pixels; ++j)
-          for (int v = 0; v < vectors; ++v) store(h + (j * vectors + v) * V, load(h + j * panel + v * V));
-      (tile == begin ? &multiply<C, false> : &multiply<C, true>)({dy.data, 1, dy.stride, pixels}, outputs, h, vectors,
-                                                                 products + c, p.padded, V, {});
+      const C* right = Product<T>::right(h, pixels, vectors, right_buffer);
+      if (tile == begin)
+        product.store(transposed, outputs, right, vectors, products + c, p.padded, V);
+      else
+        product.add(transposed, outputs, right, vectors, products + c, p.padded, V);
     }
   }
 }
@@ -276,28 +292,22 @@ void plan_backward(PointwiseBackwardParams& p) {
   p.parts = min64(tiles, max64(min64(kProducts / (p.y.c * p.x.c), kMinUnits), 1));
   p.groups = min64(Panels<C>(p.x.c).count, ceil_div(kMinUnits, max64(p.parts, 1)));
   p.units = p.parts * p.groups;
-  p.packed_size = p.grad_gated.data ? packed_size<C>(p.x.c, p.y.c) * sizeof(C) : 0;
+  p.packed_size = p.grad_gated.data ? packed_size<Product<T>>(p.x.c, p.y.c) * sizeof(C) : 0;
   p.scratch_size = BackwardScratch<T>(p).bytes();
   p.padded = round_up<C>(p.x.c);
   p.products_size = p.need_weight ? p.parts * p.y.c * p.padded * sizeof(C) : 0;
 }
 
-// The weight [depth, columns] as `pack_weight` leaves its transpose: rows [first, last) of the depth.
+// The weight [depth, columns] as `pack_weight` leaves its transpose: `count` rows from `first` on.
 template <class T>
-void pack_backward(const PointwiseBackwardParams& p, int64_t first, int64_t last) {
+void pack_backward(const PointwiseBackwardParams& p, int64_t first, int64_t count) {
   using C = compute_t<T>;
-  constexpr int V = kLanes<C>;
-  const int64_t columns = p.x.c, depth = p.y.c;
-  const Panels<C> panels(columns);
-  for (int64_t i = 0; i < panels.count; ++i) {
-    C* out = static_cast<C*>(p.packed) + panels.offset(i, depth) + first * panels.vectors(i) * V;
-    for (int64_t k = first; k < last; ++k)
-      for (int v = 0; v < panels.vectors(i); ++v, out += V) {
-        const int64_t column = (panels.begin(i) + v) * V;
-        store(out, load_n(static_cast<const T*>(p.weight) + k * columns + column,
-                          static_cast<int>(min64(columns - column, V))));
-      }
-  }
+  const int64_t columns = p.x.c;
+  pack_panels<Product<T>>(columns, p.y.c, first, count, static_cast<C*>(p.packed),
+                          [&](int64_t k, int64_t n, int64_t column, int lanes, C* out, int64_t stride) {
+    const T* from = static_cast<const T*>(p.weight) + (first + k) * columns + column;
+    for (int64_t i = 0; i < n; ++i) store(out + i * stride, load_n(from + i * columns, lanes));
+  });
 }
 
 }  // namespace
@@ -308,12 +318,12 @@ void pointwise_plan(PointwiseParams& p) {
   with_storage(p.dtype, [&](auto storage) { plan_forward<decltype(storage)>(p); });
 }
 
-void pointwise_pack(const PointwiseParams& p, int64_t first, int64_t last) {
+void pointwise_pack(const PointwiseParams& p, int64_t begin, int64_t end) {
   with_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    const int64_t depth = p.x.c;
-    pack_weight(static_cast<const T*>(p.weight) + first, depth, 1, p.y.c, depth, first, last - first,
-                static_cast<compute_t<T>*>(p.packed));
+    const int64_t depth = p.x.c, first = begin * kPackDepth, count = min64(end * kPackDepth, depth) - first;
+    pack_weight<Product<T>>(static_cast<const T*>(p.weight) + first, depth, 1, p.y.c, depth, first, count,
+                            static_cast<compute_t<T>*>(p.packed));
   });
 }
 
@@ -327,8 +337,11 @@ void pointwise_backward_plan(PointwiseBackwardParams& p) {
   with_storage(p.dtype, [&](auto storage) { plan_backward<decltype(storage)>(p); });
 }
 
-void pointwise_backward_pack(const PointwiseBackwardParams& p, int64_t first, int64_t last) {
-  with_storage(p.dtype, [&](auto storage) { pack_backward<decltype(storage)>(p, first, last); });
+void pointwise_backward_pack(const PointwiseBackwardParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, [&](auto storage) {
+    const int64_t first = begin * kPackDepth;
+    pack_backward<decltype(storage)>(p, first, min64(end * kPackDepth, p.y.c) - first);
+  });
 }
 
 void pointwise_backward_run(const PointwiseBackwardParams& p, int64_t first, int64_t last, void* scratch) {

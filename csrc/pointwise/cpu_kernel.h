@@ -49,16 +49,20 @@ struct PointwiseBackwardParams {
 };
 
 // Packing takes channels of x, rows of the weight in backward: any ranges that cover all, in any order.
+// Weights are packed by blocks along the depth.
+constexpr int64_t kPackDepth = 32;
+inline int64_t pack_blocks(int64_t depth) { return (depth + kPackDepth - 1) / kPackDepth; }
+
 #define EFFK_DECLARE(isa)                                                                                            \
   namespace isa {                                                                                                    \
   void pointwise_plan(PointwiseParams& params);                                                                      \
-  void pointwise_pack(const PointwiseParams& params, int64_t first_channel, int64_t last_channel);                   \
+  void pointwise_pack(const PointwiseParams& params, int64_t first_block, int64_t last_block);                       \
   void pointwise_run(const PointwiseParams& params, int64_t first_unit, int64_t last_unit, void* scratch);           \
   void pointwise_backward_plan(PointwiseBackwardParams& params);                                                     \
-  void pointwise_backward_pack(const PointwiseBackwardParams& params, int64_t first_output, int64_t last_output);    \
+  void pointwise_backward_pack(const PointwiseBackwardParams& params, int64_t first_block, int64_t last_block);      \
   void pointwise_backward_run(const PointwiseBackwardParams& params, int64_t first_unit, int64_t last_unit, void*);  \
   }
-EFFK_EACH_ISA(EFFK_DECLARE)
+EFFK_EACH_PRODUCT_ISA(EFFK_DECLARE)
 #undef EFFK_DECLARE
 
 }  // namespace effk

@@ -10,6 +10,10 @@
 namespace effk {
 namespace {
 
+// Of so few rows that making other operands of them would take longer than the products.
+template <class T>
+using GateProduct = PlainProduct<T>;
+
 // Images whose gates are computed together, so that each weight is loaded once for all of them.
 constexpr int64_t kGateImages = kTileRows;
 
@@ -19,9 +23,9 @@ struct GateLayout {
   int64_t w1 = 0, b1, w2, b2, size;
 
   GateLayout(int64_t c, int64_t r) {
-    b1 = w1 + packed_size<C>(r, c);
+    b1 = w1 + packed_size<GateProduct<C>>(r, c);
     w2 = b1 + round_up<C>(r);
-    b2 = w2 + packed_size<C>(c, r);
+    b2 = w2 + packed_size<GateProduct<C>>(c, r);
     size = b2 + round_up<C>(c);
   }
 };
@@ -41,9 +45,9 @@ void pack_bias(const T* bias, int64_t n, compute_t<T>* packed) {
 template <class T>
 void pack_gate(const GateWeights& g, int64_t c, int64_t r, compute_t<T>* packed) {
   const GateLayout<compute_t<T>> at(c, r);
-  pack_weight(static_cast<const T*>(g.w1), r, c, packed + at.w1);
+  pack_weight<GateProduct<T>>(static_cast<const T*>(g.w1), r, c, packed + at.w1);
   pack_bias(static_cast<const T*>(g.b1), r, packed + at.b1);
-  pack_weight(static_cast<const T*>(g.w2), c, r, packed + at.w2);
+  pack_weight<GateProduct<T>>(static_cast<const T*>(g.w2), c, r, packed + at.w2);
   pack_bias(static_cast<const T*>(g.b2), c, packed + at.b2);
 }
 
@@ -52,9 +56,10 @@ template <class C>
 void gate_layer(const Rows<C>& in, int64_t count, const C* w, const C* bias, int64_t columns, int activation, C* out) {
   const Panels<C> panels(columns);
   const int64_t width = round_up<C>(columns);
+  const GateProduct<C> product(count);
   for (int64_t i = 0; i < panels.count; ++i)
-    multiply<C>(in, count, w + panels.offset(i, in.depth), panels.vectors(i), out + panels.begin(i) * kLanes<C>, width,
-                kLanes<C>);
+    product.store(in, count, w + panels.begin(i) * product.column_vector(in.depth), panels.vectors(i),
+                  out + panels.begin(i) * kLanes<C>, width, kLanes<C>);
   with_activation(activation, [&](auto act) EFFK_INLINE {
     for (int64_t row = 0; row < count; ++row)
       for (int64_t j = 0; j < width; j += kLanes<C>) {

@@ -14,7 +14,7 @@ static std::vector<Buffer> forward(PointwiseParams p, bool channels_last, int64_
   p.packed = packed.data();
   p.partials = static_cast<double*>(partials.data());
   const auto pack = EFFK_CPU_FUNCTION(pointwise_pack);
-  parallel_for(threads, p.x.c, wide, 0, [&](int64_t begin, int64_t end, void*) { pack(p, begin, end); });
+  parallel_for(threads, pack_blocks(p.x.c), wide, 0, [&](int64_t begin, int64_t end, void*) { pack(p, begin, end); });
   const auto run = EFFK_CPU_FUNCTION(pointwise_run);
   parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
@@ -35,7 +35,7 @@ static std::vector<Buffer> backward(PointwiseBackwardParams p, bool channels_las
   p.products = products.data();
   const auto pack = EFFK_CPU_FUNCTION(pointwise_backward_pack);
   if (need_input)
-    parallel_for(threads, p.y.c, wide, 0, [&](int64_t begin, int64_t end, void*) { pack(p, begin, end); });
+    parallel_for(threads, pack_blocks(p.y.c), wide, 0, [&](int64_t begin, int64_t end, void*) { pack(p, begin, end); });
   const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
   parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });

@@ -49,7 +49,7 @@ def build(folder: pathlib.Path, sanitizer: str, kernels: list[pathlib.Path]) -> 
     for i, source in enumerate(sorted(HERE.glob("*.cpp"))):
         jobs.append([*compile, str(source), "-o", str(folder / f"{i}.o")])
     for kernel in kernels:
-        for isa, isa_flags in _build.isas().items():
+        for isa, isa_flags in _build.isas(kernel).items():
             target = folder / f"{kernel.parent.name}.{isa}.o"
             jobs.append(
                 [*compile, *_build.KERNEL_FLAGS, *isa_flags, f"-DEFFK_ISA={isa}", str(kernel), "-o", str(target)]
