@@ -136,7 +136,7 @@ template <class T>
 class PlainProduct {
  public:
   using C = compute_t<T>;
-  static constexpr bool kSplit = false;
+  static constexpr bool kOwnOperands = false;
   static constexpr int64_t kSlack = 0;
 
   // Sizes in elements of C: the depth that products run over, a row of a left operand that was made, a vector of columns
@@ -208,7 +208,7 @@ namespace {
 
 #if defined(__AMX_BF16__)
 template <class T>
-using Product = std::conditional_t<std::is_same_v<T, double>, PlainProduct<T>, SplitProduct<T>>;
+using Product = std::conditional_t<std::is_same_v<T, BFloat16>, Bfloat16Product, PlainProduct<T>>;
 #else
 template <class T>
 using Product = PlainProduct<T>;
@@ -233,7 +233,7 @@ void pack_panels(int64_t columns, int64_t depth, int64_t first, int64_t count, t
     for (int64_t k = 0; k < count; k += 2 * V) {
       const int64_t n = min64(count - k, 2 * V);
       C* out = panel + vectors * P::column_vector(k);
-      C* block = P::kSplit ? buffer : out;
+      C* block = P::kOwnOperands ? buffer : out;
       for (int v = 0; v < vectors; ++v) {
         const int64_t column = (panels.begin(i) + v) * V;
         fill(k, n, column, static_cast<int>(min64(columns - column, V)), block + v * V, vectors * V);

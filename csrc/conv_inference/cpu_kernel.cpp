@@ -11,30 +11,43 @@ namespace {
 constexpr int64_t kRectPixels = 128;  // of a unit, or more: the weight is read once for them
 constexpr int64_t kBlockPixels = 64;   // whose products stay in the first-level cache until they are stored
 
-template <class T>
+// f(T{}, P) for the storage type T and the product P, as a null pointer: of a few channels, as an image has them, the plain
+// one, since the other's operands would be padding for the most part.
+template <class F>
+void with_product(const ConvParams& p, F f) {
+  with_storage(p.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    if (p.x.c < 16)
+      f(storage, static_cast<PlainProduct<T>*>(nullptr));
+    else
+      f(storage, static_cast<Product<T>*>(nullptr));
+  });
+}
+
+template <class P>
 int64_t depth_of(const ConvParams& p) {
-  return p.kernel_h * p.kernel_w * Product<T>::padded(p.x.c);
+  return p.kernel_h * p.kernel_w * P::padded(p.x.c);
 }
 
 // The pixels of x under a rectangle of output pixels, padded: [rows][width][pixel], each a left operand.
-template <class T>
+template <class P>
 struct Window {
   int64_t rows, width, pixel;
 
   explicit Window(const ConvParams& p)
       : rows((p.rect_h - 1) * p.stride + p.kernel_h), width((p.rect_w - 1) * p.stride + p.kernel_w),
-        pixel(Product<T>::row(p.x.c)) {}
+        pixel(P::row(p.x.c)) {}
 };
 
 // Whether x can be read as it lies.
 template <class T>
 bool is_direct(const ConvParams& p) {
-  return std::is_same_v<T, compute_t<T>> && !Product<T>::kSplit && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
+  return std::is_same_v<T, compute_t<T>> && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
 }
 
 // `buffer` has room for a row of values.
-template <class T>
-void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Window<T>& window, compute_t<T>* out,
+template <class T, class P>
+void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Window<P>& window, compute_t<T>* out,
            compute_t<T>* buffer) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
@@ -50,13 +63,7 @@ void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Wind
     std::memset(staged, 0, begin * window.pixel * sizeof(C));
     std::memset(staged + end * window.pixel, 0, (window.width - end) * window.pixel * sizeof(C));
     staged += begin * window.pixel;
-    if constexpr (std::is_same_v<T, C> && Product<T>::kSplit)
-      if (x.stride_c == 1) {
-        const T* from = row_of<T>(x, n, 0, top + i) + (left + begin) * x.stride_w;
-        Product<T>::left({from, x.stride_w, 1, x.c}, columns, nullptr, staged);
-        continue;
-      }
-    C* to = Product<T>::kSplit ? buffer : staged;
+    C* to = P::kOwnOperands ? buffer : staged;
     const bool dense = x.stride_c == 1 && x.stride_w == x.c;
     if (dense) {
       const T* from = row_of<T>(x, n, 0, top + i) + (left + begin) * x.c;
@@ -79,11 +86,11 @@ void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Wind
         for (int l = 0; l < pixels; ++l) store_n(to + (j + l) * x.c + c, load(block + l * V), lanes);
       }
     }
-    Product<T>::left({to, x.c, 1, x.c}, columns, nullptr, staged);
+    P::left({to, x.c, 1, x.c}, columns, nullptr, staged);
   }
 }
 
-template <class T>
+template <class T, class P>
 void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
@@ -91,16 +98,16 @@ void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
   const int64_t across = ceil_div(p.out_w, p.rect_w), first_row = rect / across * p.rect_h;
   const int64_t first_column = rect % across * p.rect_w;
   const Panels<C> panels(p.out_c);
-  const Window<T> window(p);
-  const int64_t depth = depth_of<T>(p);
-  const C *weight = static_cast<const C*>(p.packed), *norm = weight + packed_size<Product<T>>(p.out_c, depth);
+  const Window<P> window(p);
+  const int64_t depth = depth_of<P>(p);
+  const C *weight = static_cast<const C*>(p.packed), *norm = weight + packed_size<P>(p.out_c, depth);
   const Finish<C> finish = finish_for<C>(p.activation);
   const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.has_shortcut ? &p.shortcut : nullptr};
   const int64_t rows = min64(p.rect_h, p.out_h - first_row), columns = min64(p.rect_w, p.out_w - first_column);
   const int64_t top = first_row * p.stride - p.pad_top, left = first_column * p.stride - p.pad_left;
   C *raw = scratch, *buffer = raw + kPanelVectors * kBlockPixels * V, *staged = buffer + window.width * p.x.c;
-  if (!is_direct<T>(p)) stage<T>(p, n, top, left, window, staged, buffer);
-  const Product<T> product(min64(columns, kBlockPixels));
+  if (!is_direct<T>(p)) stage<T, P>(p, n, top, left, window, staged, buffer);
+  const P product(min64(columns, kBlockPixels));
   auto operand = [&](int64_t row, int64_t column) -> Rows<C> {
     if constexpr (std::is_same_v<T, C>)
       if (is_direct<T>(p))
@@ -112,7 +119,7 @@ void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
   };
   for (int64_t i = share * panels.count / p.shares; i < (share + 1) * panels.count / p.shares; ++i) {
     const int vectors = panels.vectors(i);
-    const C* panel = weight + panels.begin(i) * Product<T>::column_vector(depth);
+    const C* panel = weight + panels.begin(i) * P::column_vector(depth);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < columns; column += kBlockPixels) {
         const int64_t count = min64(columns - column, kBlockPixels);
@@ -135,7 +142,7 @@ inline bool join_rows(Map& m) {
   return true;
 }
 
-template <class T>
+template <class T, class P>
 void plan(ConvParams& p, int64_t threads) {
   using C = compute_t<T>;
   if (p.kernel_h == 1 && p.kernel_w == 1 && p.stride == 1 && p.out_h == p.x.h && p.out_w == p.x.w) {
@@ -151,9 +158,9 @@ void plan(ConvParams& p, int64_t threads) {
   p.rects = ceil_div(p.out_h, p.rect_h) * ceil_div(p.out_w, p.rect_w);
   p.shares = best_split(p.x.n * p.rects, Panels<C>(p.out_c).count, 0, 1, threads);
   p.units = p.x.n * p.rects * p.shares;
-  const Window<T> window(p);
+  const Window<P> window(p);
   p.scratch_size = kPanelVectors * kBlockPixels * kLanes<C> + window.width * p.x.c;
-  if (!is_direct<T>(p)) p.scratch_size += (window.rows * window.width + p.stride * Product<T>::kSlack) * window.pixel;
+  if (!is_direct<T>(p)) p.scratch_size += (window.rows * window.width + p.stride * P::kSlack) * window.pixel;
 }
 
 }  // namespace
@@ -162,33 +169,39 @@ namespace EFFK_ISA {
 
 int64_t conv_packed_size(const ConvParams& p) {
   int64_t size = 0;
-  with_storage(p.dtype, [&](auto storage) {
+  with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
-    size = packed_size<Product<T>>(p.out_c, depth_of<T>(p)) + 2 * round_up<compute_t<T>>(p.out_c);
+    using P = std::remove_pointer_t<decltype(product)>;
+    size = packed_size<P>(p.out_c, depth_of<P>(p)) + 2 * round_up<compute_t<T>>(p.out_c);
   });
   return size;
 }
 
 void conv_pack(const ConvParams& p, const void* weight, const Affine& norm, void* packed) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
     using C = compute_t<T>;
-    const int64_t taps = p.kernel_h * p.kernel_w, depth = depth_of<T>(p);
+    using P = std::remove_pointer_t<decltype(product)>;
+    const int64_t taps = p.kernel_h * p.kernel_w, depth = depth_of<P>(p);
     for (int64_t t = 0; t < taps; ++t)
-      pack_weight<Product<T>>(static_cast<const T*>(weight) + t, taps * p.x.c, taps, p.out_c, depth, t * Product<T>::padded(p.x.c),
+      pack_weight<P>(static_cast<const T*>(weight) + t, taps * p.x.c, taps, p.out_c, depth, t * P::padded(p.x.c),
                   p.x.c, static_cast<C*>(packed));
-    pack_norm(norm, p.out_c, static_cast<C*>(packed) + packed_size<Product<T>>(p.out_c, depth));
+    pack_norm(norm, p.out_c, static_cast<C*>(packed) + packed_size<P>(p.out_c, depth));
   });
 }
 
 void conv_plan(ConvParams& p, int64_t threads) {
-  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p, threads); });
+  with_product(p, [&](auto storage, auto* product) {
+    plan<decltype(storage), std::remove_pointer_t<decltype(product)>>(p, threads);
+  });
 }
 
 void conv_run(const ConvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
-    for (int64_t unit = first_unit; unit < last_unit; ++unit) run_unit<T>(p, unit, static_cast<compute_t<T>*>(scratch));
+    using P = std::remove_pointer_t<decltype(product)>;
+    for (int64_t unit = first_unit; unit < last_unit; ++unit)
+      run_unit<T, P>(p, unit, static_cast<compute_t<T>*>(scratch));
   });
 }
 

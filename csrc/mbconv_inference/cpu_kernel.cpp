@@ -36,7 +36,7 @@ constexpr int64_t kGroupPixels = 48;  // expanded at once, where rows are shorte
 template <class T>
 bool needs_staging(const MbconvParams& p) {
   const bool joined = p.x.w >= kGroupPixels || p.x.h == 1 || p.x.stride_h == p.x.w * p.x.stride_w;
-  return p.has_expand && (Product<T>::kSplit || !std::is_same_v<T, compute_t<T>> || !joined);
+  return p.has_expand && (!std::is_same_v<T, compute_t<T>> || !joined);
 }
 
 // What the phases hand on for one image, in elements: d as planes of one vector of channels, [vectors][pixels][lanes],
@@ -52,7 +52,7 @@ struct Image {
     sums = hidden / kLanes<C> * plane;
     gates = sums + p.bands * hidden;
     staged = gates + hidden;
-    staged_row = Product<T>::kSplit ? Product<T>::row(p.x.c) : round_up<C>(p.x.c);
+    staged_row = Product<T>::kOwnOperands ? Product<T>::row(p.x.c) : round_up<C>(p.x.c);
     size = staged + (needs_staging<T>(p) ? (p.x.h * p.x.w + Product<T>::kSlack) * staged_row : 0);
   }
 };
@@ -71,7 +71,7 @@ void stage(const MbconvParams& p, int64_t n, int64_t unit, compute_t<T>* image, 
   for (int64_t pixel = unit * kStagePixels; pixel < end; pixel += kGroupPixels) {
     const int64_t count = min64(end - pixel, kGroupPixels);
     C* out = image + im.staged + pixel * im.staged_row;
-    if constexpr (Product<T>::kSplit) {
+    if constexpr (Product<T>::kOwnOperands) {
       const Tile<C> x = load_tile<T>(p.x, n, pixel, count, 0, p.x.c, scratch);
       Product<T>::left({x.data, x.stride, 1, p.x.c}, count, nullptr, out);
     } else {
