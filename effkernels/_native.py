@@ -43,6 +43,8 @@ try:
     introspection = _load_introspection()
 except ImportError as error:
     warnings.warn(f"effkernels runs without its introspection module: {error}", stacklevel=2)
+# The instruction set of the C++ kernels that run here.
+CPU_ISA: str = introspection.cpu_isa() if introspection else "unknown"
 
 if MISSING["cpp"]:
     warnings.warn(f"effkernels runs without its C++ kernels: {MISSING['cpp']}", stacklevel=2)

@@ -332,7 +332,7 @@ def machine(device: torch.device | None) -> dict[str, str]:
         "torchvision": importlib.metadata.version("torchvision"),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "instruction set of the C++ kernels": _native.introspection.cpu_isa() if _native.introspection else "none",
+        "instruction set of the C++ kernels": _native.CPU_ISA,
     }
 
 
