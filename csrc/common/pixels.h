@@ -28,25 +28,26 @@ void load_pixels(const T* x, int64_t stride_w, int64_t stride_c, int64_t count, 
   }
 }
 
-// out = act(scale(in)) for n vectors, and their sum.
+// out = act(scale(in)) for n vectors, and their sum; as precise as the storage type T needs.
 template <class C>
 using Finish = Vec<C> (*)(const C* in, C* out, int64_t n, const Scale<C>& scale);
 
-template <class C, int A>
-Vec<C> finish(const C* in, C* out, int64_t n, const Scale<C>& scale) {
+template <class T, int A>
+Vec<compute_t<T>> finish(const compute_t<T>* in, compute_t<T>* out, int64_t n, const Scale<compute_t<T>>& scale) {
+  using C = compute_t<T>;
   Vec<C> sum{};
   for (int64_t i = 0; i < n; ++i) {
-    const Vec<C> z = activate<A>(scale(load(in + i * kLanes<C>)));
+    const Vec<C> z = activate_for<T, A>(scale(load(in + i * kLanes<C>)));
     store(out + i * kLanes<C>, z);
     sum += z;
   }
   return sum;
 }
 
-template <class C>
-Finish<C> finish_for(int activation) {
-  Finish<C> chosen = nullptr;
-  with_activation(activation, [&](auto act) { chosen = &finish<C, act>; });
+template <class T>
+Finish<compute_t<T>> finish_for(int activation) {
+  Finish<compute_t<T>> chosen = nullptr;
+  with_activation(activation, [&](auto act) { chosen = &finish<T, act>; });
   return chosen;
 }
 

@@ -340,6 +340,21 @@ inline EFFK_INLINE V activate(V z) {
   if constexpr (A == kIdentity) return z;
 }
 
+// The same, where the result counts as T only: SiLU for bfloat16, whose rounding error is 2^-9, to 2^-12 in two thirds of
+// the steps.
+template <class T, int A, class V>
+inline EFFK_INLINE V activate_for(V z) {
+#if defined(__AVX512F__)
+  if constexpr (A == kSilu && std::is_same_v<T, BFloat16>) {
+    const VecF t = z * -1.44269504089f;
+    const VecF f = _mm512_maskz_reduce_ps(0xffff, t, 8);
+    const VecF p = ((f * 5.517167e-2f + 2.4261112e-1f) * f + 6.9326099e-1f) * f + 9.9992807e-1f;
+    return z * VecF(_mm512_maskz_rcp14_ps(0xffff, 1.0f + VecF(_mm512_maskz_scalef_ps(0xffff, p, t - f))));
+  }
+#endif
+  return activate<A>(z);
+}
+
 // h = act(z) and slope = act'(z), as PyTorch has it where act has a kink.
 template <int A, class V>
 inline EFFK_INLINE void activate_with_slope(V z, V& h, V& slope) {

@@ -101,7 +101,7 @@ void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
   const Window<P> window(p);
   const int64_t depth = depth_of<P>(p);
   const C *weight = static_cast<const C*>(p.packed), *norm = weight + packed_size<P>(p.out_c, depth);
-  const Finish<C> finish = finish_for<C>(p.activation);
+  const Finish<C> finish = finish_for<T>(p.activation);
   const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.has_shortcut ? &p.shortcut : nullptr};
   const int64_t rows = min64(p.rect_h, p.out_h - first_row), columns = min64(p.rect_w, p.out_w - first_column);
   const int64_t top = first_row * p.stride - p.pad_top, left = first_column * p.stride - p.pad_left;

@@ -138,7 +138,7 @@ void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t b
   const C* packed = static_cast<const C*>(p.packed);
   const int vectors = panels.vectors(chunk), k = p.kernel_size;
   const int64_t first = panels.begin(chunk), taps = k * k;
-  const Finish<C> finish1 = finish_for<C>(p.act1), finish2 = finish_for<C>(p.act2);
+  const Finish<C> finish1 = finish_for<T>(p.act1), finish2 = finish_for<T>(p.act2);
   const ConvRow<C> conv = conv_row_for<C>(p);
   C *rings = scratch, *lines = rings + kPanelVectors * r.ring;
   Vec<C> sums[kPanelVectors] = {};
@@ -232,7 +232,7 @@ void project(const MbconvParams& p, int64_t n, int64_t share, int64_t split, con
                     kBlockPixels * V);
       for (int v = 0; v < vectors; ++v) {
         C* block = raw + v * kBlockPixels * V;
-        finish<C, kIdentity>(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
+        finish<T, kIdentity>(block, block, count, packed_scale(norm, p.out_c, panels.begin(i) + v));
         store_pixels<T>(y, n, pixel, count, panels.begin(i) + v, block);
       }
     }
