@@ -19,12 +19,15 @@ def calibrated(name: str, size: int) -> nn.Module:
     return model.eval()
 
 
-def engines(model: nn.Module, x: Tensor) -> dict[str, suite.Call]:
-    """Calls of what else runs the model in inference in float32 on the CPU, where it is installed."""
-    wide = x.contiguous(memory_format=torch.channels_last)
-    frozen = effkernels.freeze(effkernels.convert(copy.deepcopy(model).to(memory_format=torch.channels_last)))
+def engines(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, suite.Call]:
+    """Calls of what else runs the model in inference on the CPU, in float32 or bfloat16, where it is installed."""
+    wide = x.to(dtype, memory_format=torch.channels_last)
+    frozen = effkernels.convert(copy.deepcopy(model).to(dtype, memory_format=torch.channels_last))
+    frozen = effkernels.freeze(frozen)
     ours = {"cpp frozen channels_last": torch.no_grad()(suite.on("cpp", lambda: [frozen(wide)]))}
-    return {**_onnxruntime(model, x), **_openvino(model, x), **(ours if suite.kernels(x.device, x.dtype) else {})}
+    calls = ours if suite.kernels(x.device, dtype) else {}
+    # ONNX Runtime has no bfloat16 on the CPU.
+    return calls | _openvino(model, x, dtype) | (_onnxruntime(model, x) if dtype == torch.float32 else {})
 
 
 def _onnx(model: nn.Module, x: Tensor) -> bytes:
@@ -47,14 +50,15 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> dict[str, suite.Call]:
     return {"onnxruntime": lambda: [torch.from_numpy(session.run(None, {"x": x.numpy()})[0])]}
 
 
-def _openvino(model: nn.Module, x: Tensor) -> dict[str, suite.Call]:
+def _openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, suite.Call]:
     try:
         import onnx  # noqa: F401
         import openvino
     except ImportError:
         return {}
     core = openvino.Core()
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    precision = "f32" if dtype == torch.float32 else "bf16"
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     network = core.compile_model(core.read_model(io.BytesIO(_onnx(model, x))), "CPU", hints | threads)
     request = network.create_infer_request()
@@ -62,12 +66,12 @@ def _openvino(model: nn.Module, x: Tensor) -> dict[str, suite.Call]:
 
 
 @pytest.mark.benchmark(group="models")
-def test_inference(benchmark, setting, model, batch, dtype):
+def test_inference(benchmark, setting, model, batch, inference_dtype):
     name, size = model
     network, x = calibrated(name, size), torch.randn(batch, 3, size, size)
-    calls, exact = suite.contenders(setting, network, x, "forward", dtype)
-    if setting.device.type == "cpu" and dtype == torch.float32:
-        calls |= engines(network, x)
+    calls, exact = suite.contenders(setting, network, x, "forward", inference_dtype)
+    if setting.device.type == "cpu" and inference_dtype != torch.float16:
+        calls |= engines(network, x, inference_dtype)
     suite.compare(benchmark, setting, calls, exact)
 
 

@@ -38,6 +38,7 @@ def parameters(everything: bool, device: torch.device) -> dict[str, list]:
     if not everything:
         blocks += [b for b in suite.blocks(["efficientnet_v2_s"]) if b.kind == "fused"]
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    default = [torch.float32 if device.type == "cpu" else torch.float16]
     return {
         "block": blocks,
         "depthwise": unique((channels, b.size, b.kernel_size, b.stride) for channels, b in hidden),
@@ -45,7 +46,8 @@ def parameters(everything: bool, device: torch.device) -> dict[str, list]:
         "model": [*MODELS.items()] if everything else [("efficientnet_b0", 224)],
         "batch": [1, 8],
         "direction": ["forward", "step", "backward"] if everything else ["forward", "step"],
-        "dtype": dtypes if everything else [torch.float32 if device.type == "cpu" else torch.float16],
+        "dtype": dtypes if everything else default,
+        "inference_dtype": dtypes if everything else [*default, torch.bfloat16],
         "layout": [*suite.LAYOUTS],
     }
 

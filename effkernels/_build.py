@@ -82,7 +82,7 @@ FAILED = "does not compile"
 
 
 def isas(kernel: pathlib.Path | None = None) -> dict[str, list[str]]:
-    """The instruction sets that CPU kernels, or one source of them, are compiled for, and the compiler flags of each."""
+    """The instruction sets that CPU kernels, or one of them, are compiled for, and the compiler flags of each."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"baseline": []}
     sets = {"baseline": [], "avx2": AVX2, "avx512": AVX2 + AVX512, "amx": AVX2 + AVX512 + AMX}

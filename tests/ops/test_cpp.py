@@ -69,8 +69,8 @@ def test_every_instruction_set():
     """The same tests on the lesser instruction sets, which are chosen when a process starts."""
     if "EFFKERNELS_CPU_ISA" in os.environ:
         pytest.skip("this is the inner run")
-    lesser = {"avx512": ["avx2", "baseline"], "avx2": ["baseline"], "baseline": []}
-    for isa in lesser[_native.introspection.cpu_isa()]:
+    isas = _native.introspection.available_cpu_isas()
+    for isa in isas[: isas.index(_native.introspection.cpu_isa())]:
         inner = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         result = subprocess.run(
             inner, env={**os.environ, "EFFKERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=False

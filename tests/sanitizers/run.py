@@ -33,6 +33,8 @@ def main() -> None:
                 if run(driver, "2", mistake).returncode == 0:
                     raise SystemExit(f"-fsanitize={sanitizer} does not find: {mistake}")
             isas = _native.introspection.available_cpu_isas()
+            if "amx" in isas:
+                isas.remove("avx512")  # the same code, but for products of bfloat16
             for isa in isas[-1:] if sanitizer == "thread" else isas:
                 for threads in ("2", "4"):
                     result = run(driver, threads, isa=isa)
