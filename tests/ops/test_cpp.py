@@ -69,8 +69,9 @@ def test_every_instruction_set():
     """The same tests on the lesser instruction sets, which are chosen when a process starts."""
     if "EFFKERNELS_CPU_ISA" in os.environ:
         pytest.skip("this is the inner run")
-    isas = _native.introspection.available_cpu_isas()
-    for isa in isas[: isas.index(_native.introspection.cpu_isa())]:
+    # amx has products of its own, which these tests are not about: else it is avx512.
+    isas = [isa for isa in _native.introspection.available_cpu_isas() if isa != "amx"]
+    for isa in isas[:-1]:
         inner = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         result = subprocess.run(
             inner, env={**os.environ, "EFFKERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=False
