@@ -7,13 +7,14 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-ConvParams conv_params(Dtype dtype, int64_t out_c, int64_t c, int64_t kernel_h, int64_t kernel_w) {
+ConvParams conv_params(Dtype dtype, int64_t out_c, int64_t c, int64_t kernel_h, int64_t kernel_w, int64_t stride) {
   ConvParams p{};
   p.dtype = dtype;
   p.x.c = c;
   p.out_c = out_c;
   p.kernel_h = kernel_h;
   p.kernel_w = kernel_w;
+  p.stride = stride;
   return p;
 }
 
@@ -24,16 +25,16 @@ void pack(const ConvParams& p, const Tensor& weight, const Optional& mean, const
   EFFK_CPU_FUNCTION(conv_pack)(p, dense.const_data_ptr(), norm.affine(), packed);
 }
 
-ConvParams params_of(const Tensor& weight) {
+ConvParams params_of(const Tensor& weight, int64_t stride) {
   require(weight.dim() == 4, "effkernels::conv_inference: weight must be [out, C, k, k]");
-  return conv_params(dtype_of(weight), weight.size(0), weight.size(1), weight.size(2), weight.size(3));
+  return conv_params(dtype_of(weight), weight.size(0), weight.size(1), weight.size(2), weight.size(3), stride);
 }
 
-Tensor run(ConvParams p, const void* packed, const Tensor& x, const Optional& shortcut, int64_t act, int64_t stride,
-           int64_t pad_top, int64_t pad_left, int64_t out_h, int64_t out_w) {
+Tensor run(ConvParams p, const void* packed, const Tensor& x, const Optional& shortcut, int64_t act, int64_t pad_top,
+           int64_t pad_left, int64_t out_h, int64_t out_w) {
   require(dtype_of(x) == p.dtype && x.size(1) == p.x.c,
           "effkernels::conv_inference: x must have the weight's dtype and channels");
-  require(stride > 0 && pad_top >= 0 && pad_left >= 0 && out_h > 0 && out_w > 0,
+  require(p.stride > 0 && pad_top >= 0 && pad_left >= 0 && out_h > 0 && out_w > 0,
           "effkernels::conv_inference: padding must not be negative, stride and output not empty");
   const int64_t n = x.size(0);
   require(!shortcut || (dtype_of(*shortcut) == p.dtype && has_shape(*shortcut, {n, p.out_c, out_h, out_w})),
@@ -42,7 +43,6 @@ Tensor run(ConvParams p, const void* packed, const Tensor& x, const Optional& sh
   p.has_shortcut = shortcut.has_value();
   if (shortcut) p.shortcut = map_of(*shortcut);
   p.activation = static_cast<int32_t>(act);
-  p.stride = stride;
   p.pad_top = pad_top;
   p.pad_left = pad_left;
   p.out_h = out_h;
@@ -65,14 +65,15 @@ Tensor run(ConvParams p, const void* packed, const Tensor& x, const Optional& sh
 Tensor conv_inference(const Tensor& x, const Tensor& weight, Optional mean, Optional var, Optional gamma, Optional beta,
                       double eps, Optional shortcut, int64_t act, int64_t stride, int64_t pad_top, int64_t pad_left,
                       int64_t out_h, int64_t out_w) {
-  const ConvParams p = params_of(weight);
+  const ConvParams p = params_of(weight, stride);
   void* packed = scratch<0>(EFFK_CPU_FUNCTION(conv_packed_size)(p) * compute_size(p.dtype));
   pack(p, weight, mean, var, gamma, beta, eps, packed);
-  return run(p, packed, x, shortcut, act, stride, pad_top, pad_left, out_h, out_w);
+  return run(p, packed, x, shortcut, act, pad_top, pad_left, out_h, out_w);
 }
 
-Tensor conv_pack(const Tensor& weight, Optional mean, Optional var, Optional gamma, Optional beta, double eps) {
-  const ConvParams p = params_of(weight);
+Tensor conv_pack(const Tensor& weight, Optional mean, Optional var, Optional gamma, Optional beta, double eps,
+                 int64_t stride) {
+  const ConvParams p = params_of(weight, stride);
   const Tensor packed = empty_vector(weight, EFFK_CPU_FUNCTION(conv_packed_size)(p), statistics_dtype(weight));
   pack(p, weight, mean, var, gamma, beta, eps, packed.mutable_data_ptr());
   return packed;
@@ -81,10 +82,10 @@ Tensor conv_pack(const Tensor& weight, Optional mean, Optional var, Optional gam
 Tensor conv_packed(const Tensor& x, const Tensor& packed, int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
                    Optional shortcut, int64_t act, int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h,
                    int64_t out_w) {
-  const ConvParams p = conv_params(dtype_of(x), out_channels, x.size(1), kernel_h, kernel_w);
+  const ConvParams p = conv_params(dtype_of(x), out_channels, x.size(1), kernel_h, kernel_w, stride);
   require(packed.scalar_type() == statistics_dtype(x) && has_shape(packed, {EFFK_CPU_FUNCTION(conv_packed_size)(p)}),
-          "effkernels::conv_packed: packed must come from conv_pack on this CPU, with a weight of the dtype of x");
-  return run(p, packed.const_data_ptr(), x, shortcut, act, stride, pad_top, pad_left, out_h, out_w);
+          "effkernels::conv_packed: packed must come from conv_pack on this CPU, with a weight of the dtype of x and the stride");
+  return run(p, packed.const_data_ptr(), x, shortcut, act, pad_top, pad_left, out_h, out_w);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {

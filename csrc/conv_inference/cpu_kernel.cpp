@@ -1,6 +1,7 @@
 #include "cpu_kernel.h"
 
 #include <cstring>
+#include <vector>
 
 #include "matmul.h"
 #include "pixels.h"
@@ -163,11 +164,164 @@ void plan(ConvParams& p, int64_t threads) {
   if (!is_direct<T>(p)) p.scratch_size += (window.rows * window.width + p.stride * P::kSlack) * window.pixel;
 }
 
+// --- Winograd's F(2x2, 3x3) -----------------------------------------------------------------------------------------------
+//
+// A tile of 2 x 2 output pixels takes 16 products of channels instead of 36: of the sums B^T x B of its 4 x 4 pixels and
+// G w G^T of the weights, which A^T . A combines (Lavin and Gray, 2016, section 4.1). Sums are over the channels only, a
+// ninth of the direct form's, so that the result is at least as exact. A rectangle is whole rows of tiles.
+
+constexpr int kParts = 16;
+
+inline bool is_winograd(const ConvParams& p) {
+  return p.dtype == Dtype::kFloat32 && p.kernel_h == 3 && p.kernel_w == 3 && p.stride == 1 && p.x.c >= 16 && p.out_c >= 16;
+}
+
+struct WinogradScratch {
+  int64_t tiles, x, sums, products, rows, size;
+
+  explicit WinogradScratch(const ConvParams& p) {
+    constexpr int64_t V = kLanes<float>;
+    const Window<PlainProduct<float>> window(p);
+    tiles = p.rect_h * p.rect_w / 4;
+    x = window.width * p.x.c;  // after the row that `stage` converts
+    sums = x + window.rows * window.width * p.x.c;
+    products = sums + kParts * tiles * p.x.c;
+    rows = products + kParts * tiles * kPanelVectors * V;
+    size = rows + 2 * p.rect_w * V;
+  }
+};
+
+// The parts of the weight, each packed, and the BatchNorm.
+inline int64_t winograd_packed_size(const ConvParams& p) {
+  return kParts * packed_size<PlainProduct<float>>(p.out_c, p.x.c) + 2 * round_up<float>(p.out_c);
+}
+
+inline void winograd_pack(const ConvParams& p, const float* weight, const Affine& norm, float* packed) {
+  const int64_t count = p.out_c * p.x.c, size = packed_size<PlainProduct<float>>(p.out_c, p.x.c);
+  std::vector<float> parts(kParts * count);  // [parts][out_c][C]
+  for (int64_t i = 0; i < count; ++i) {
+    double half[4][3];  // G w
+    for (int column = 0; column < 3; ++column) {
+      const float* w = weight + i * 9 + column;
+      const double sum = 0.5 * (static_cast<double>(w[0]) + w[6]), middle = 0.5 * w[3];
+      half[0][column] = w[0], half[1][column] = sum + middle, half[2][column] = sum - middle, half[3][column] = w[6];
+    }
+    for (int row = 0; row < 4; ++row) {
+      const double *h = half[row], sum = 0.5 * (h[0] + h[2]), middle = 0.5 * h[1];
+      const double values[] = {h[0], sum + middle, sum - middle, h[2]};
+      for (int column = 0; column < 4; ++column) parts[(row * 4 + column) * count + i] = static_cast<float>(values[column]);
+    }
+  }
+  for (int part = 0; part < kParts; ++part)
+    pack_weight<PlainProduct<float>>(parts.data() + part * count, p.out_c, p.x.c, packed + part * size);
+  pack_norm(norm, p.out_c, packed + kParts * size);
+}
+
+inline void winograd_plan(ConvParams& p, int64_t threads) {
+  constexpr int64_t kTiles = 64;  // or more, so that each part of the weight is read once for them
+  p.rect_w = (p.out_w + 1) / 2 * 2;
+  const int64_t most = (p.out_h + 1) / 2, wanted = ceil_div(2 * kTiles, p.rect_w);
+  p.rect_h = 2 * ceil_div(most, ceil_div(most, min64(wanted, most)));
+  p.rects = ceil_div(p.out_h, p.rect_h);
+  p.shares = best_split(p.x.n * p.rects, Panels<float>(p.out_c).count, 0, 1, threads);
+  p.units = p.x.n * p.rects * p.shares;
+  p.scratch_size = WinogradScratch(p).size;
+}
+
+// B^T x B of one vector of channels of each tile: [parts][tiles][C].
+inline void winograd_sums(const ConvParams& p, const float* x, int64_t width, int64_t tiles, float* out) {
+  const int64_t channels = p.x.c, across = p.rect_w / 2;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float* corner = x + (tile / across * 2 * width + tile % across * 2) * channels;
+    for (int64_t c = 0; c < channels; c += kLanes<float>) {
+      const int lanes = static_cast<int>(min64(channels - c, kLanes<float>));
+      VecF half[4][4];  // B^T x
+#pragma GCC unroll 4
+      for (int column = 0; column < 4; ++column) {
+        VecF v[4];
+#pragma GCC unroll 4
+        for (int row = 0; row < 4; ++row) v[row] = load_n(corner + (row * width + column) * channels + c, lanes);
+        half[0][column] = v[0] - v[2], half[1][column] = v[1] + v[2];
+        half[2][column] = v[2] - v[1], half[3][column] = v[1] - v[3];
+      }
+      float* to = out + tile * channels + c;
+      const int64_t part = tiles * channels;
+#pragma GCC unroll 4
+      for (int row = 0; row < 4; ++row, to += 4 * part) {
+        const VecF* h = half[row];
+        store_n(to, h[0] - h[2], lanes);
+        store_n(to + part, h[1] + h[2], lanes);
+        store_n(to + 2 * part, h[2] - h[1], lanes);
+        store_n(to + 3 * part, h[1] - h[3], lanes);
+      }
+    }
+  }
+}
+
+// A^T . A of one vector of channels of a row of tiles: two rows of pixels.
+inline void winograd_pixels(const float* products, int64_t part, int64_t across, float* rows) {
+  constexpr int V = kLanes<float>;
+  for (int64_t tile = 0; tile < across; ++tile) {
+    VecF half[2][4];  // A^T m
+#pragma GCC unroll 4
+    for (int column = 0; column < 4; ++column) {
+      VecF v[4];
+#pragma GCC unroll 4
+      for (int row = 0; row < 4; ++row) v[row] = load(products + (row * 4 + column) * part + tile * V);
+      half[0][column] = v[0] + v[1] + v[2], half[1][column] = v[1] - v[2] - v[3];
+    }
+#pragma GCC unroll 2
+    for (int row = 0; row < 2; ++row) {
+      const VecF* h = half[row];
+      float* to = rows + (row * across + tile) * 2 * V;
+      store(to, h[0] + h[1] + h[2]);
+      store(to + V, h[1] - h[2] - h[3]);
+    }
+  }
+}
+
+inline void winograd_unit(const ConvParams& p, int64_t unit, float* scratch) {
+  constexpr int V = kLanes<float>;
+  using P = PlainProduct<float>;
+  const int64_t share = unit % p.shares, rect = unit / p.shares % p.rects, n = unit / p.shares / p.rects;
+  const int64_t first_row = rect * p.rect_h, across = p.rect_w / 2, channels = p.x.c;
+  const int64_t rows = min64(p.rect_h, p.out_h - first_row), tiles = ceil_div(rows, 2) * across;
+  const Panels<float> panels(p.out_c);
+  const Window<P> window(p);
+  const WinogradScratch at(p);
+  const int64_t part_size = packed_size<P>(p.out_c, channels);
+  const float *weight = static_cast<const float*>(p.packed), *norm = weight + kParts * part_size;
+  const Finish<float> finish = finish_for<float>(p.activation);
+  const Output y{p.y, p.out_c, p.out_h, p.out_w, p.channels_last, p.has_shortcut ? &p.shortcut : nullptr};
+  float *x = scratch + at.x, *sums = scratch + at.sums, *products = scratch + at.products, *block = scratch + at.rows;
+  stage<float, P>(p, n, first_row - p.pad_top, -p.pad_left, window, x, scratch);
+  winograd_sums(p, x, window.width, tiles, sums);
+  const P product(tiles);
+  for (int64_t i = share * panels.count / p.shares; i < (share + 1) * panels.count / p.shares; ++i) {
+    const int vectors = panels.vectors(i);
+    const int64_t part = vectors * tiles * V;
+    for (int64_t j = 0; j < kParts; ++j)
+      product.store({sums + j * tiles * channels, channels, 1, channels}, tiles,
+                    weight + j * part_size + panels.begin(i) * P::column_vector(channels), vectors, products + j * part, V,
+                    tiles * V);
+    for (int v = 0; v < vectors; ++v)
+      for (int64_t row = 0; row < rows; row += 2) {
+        winograd_pixels(products + (v * tiles + row / 2 * across) * V, part, across, block);
+        for (int64_t r = 0; r < min64(rows - row, 2); ++r) {
+          float* pixels = block + r * p.rect_w * V;
+          finish(pixels, pixels, p.out_w, packed_scale(norm, p.out_c, panels.begin(i) + v));
+          store_pixels<float>(y, n, (first_row + row + r) * p.out_w, p.out_w, panels.begin(i) + v, pixels);
+        }
+      }
+  }
+}
+
 }  // namespace
 
 namespace EFFK_ISA {
 
 int64_t conv_packed_size(const ConvParams& p) {
+  if (is_winograd(p)) return winograd_packed_size(p);
   int64_t size = 0;
   with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
@@ -178,6 +332,7 @@ int64_t conv_packed_size(const ConvParams& p) {
 }
 
 void conv_pack(const ConvParams& p, const void* weight, const Affine& norm, void* packed) {
+  if (is_winograd(p)) return winograd_pack(p, static_cast<const float*>(weight), norm, static_cast<float*>(packed));
   with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
     using C = compute_t<T>;
@@ -191,12 +346,17 @@ void conv_pack(const ConvParams& p, const void* weight, const Affine& norm, void
 }
 
 void conv_plan(ConvParams& p, int64_t threads) {
+  if (is_winograd(p)) return winograd_plan(p, threads);
   with_product(p, [&](auto storage, auto* product) {
     plan<decltype(storage), std::remove_pointer_t<decltype(product)>>(p, threads);
   });
 }
 
 void conv_run(const ConvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
+  if (is_winograd(p)) {
+    for (int64_t unit = first_unit; unit < last_unit; ++unit) winograd_unit(p, unit, static_cast<float*>(scratch));
+    return;
+  }
   with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
     using P = std::remove_pointer_t<decltype(product)>;

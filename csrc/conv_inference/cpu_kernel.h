@@ -1,7 +1,8 @@
 // A dense convolution on the CPU, in inference: y = act(scale * conv(x) + shift) [+ shortcut].
 //
 // An implicit matrix product: the k rows under an output row, padded and with channels innermost, are the left operand
-// as they lie, and are staged once for all output channels.
+// as they lie, and are staged once for all output channels. In float32, 3x3 convolutions of stride 1 go by Winograd's
+// algorithm, so that the stride counts when a weight is packed.
 #pragma once
 
 #include "cpu_isa.h"

@@ -28,6 +28,9 @@ LAYERS = {
     "wide rows": ((1, 20, 5, 150), 48, (1, 1), 1, 0, "silu", True),
     "wide rows, 3x3": ((3, 20, 5, 150), 7, (3, 3), 2, 0, "silu", False),
     "more padding than window": ((1, 4, 9, 9), 8, (3, 3), 1, 4, "silu", False),
+    "3x3, odd sizes": ((2, 17, 7, 9), 50, (3, 3), 1, "auto", "silu", True),
+    "3x3, one pixel": ((1, 16, 1, 1), 16, (3, 3), 1, "auto", "relu", False),
+    "3x3, many rows of tiles": ((1, 48, 38, 75), 64, (3, 3), 1, "auto", "silu", False),
     "empty batch": ((0, 5, 6, 7), 9, (3, 3), 1, "auto", "silu", True),
 }
 
@@ -97,8 +100,8 @@ def test_opcheck():
     x, (weight, norm), _, shortcut = layer("shortcut")
     call = (shortcut, 1, 1, 1, 1, 30, 33)
     torch.library.opcheck(op.CONV_INFERENCE.overloads["cpp"], (x, weight, *norm[:5], *call))
-    torch.library.opcheck(op.CONV_PACK.overloads["cpp"], (weight, *norm[:5]))
-    packed = op.CONV_PACK("cpp", weight, *norm[:5])
+    torch.library.opcheck(op.CONV_PACK.overloads["cpp"], (weight, *norm[:5], call[2]))
+    packed = op.CONV_PACK("cpp", weight, *norm[:5], call[2])
     torch.library.opcheck(op.CONV_PACKED.overloads["cpp"], (x, packed, *weight.shape[::2], 3, *call))
 
 

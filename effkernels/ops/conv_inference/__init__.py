@@ -93,7 +93,7 @@ def conv_bn_act(
 def pack_convolution(convolution: Convolution, *, stride: int = 1, padding: int | str = "auto") -> PackedConvolution:
     """The same convolution with its weight rearranged once, for many calls on this CPU."""
     weight, norm = convolution
-    packed: Tensor = op.CONV_PACK("cpp", weight, *norm[:5])
+    packed: Tensor = op.CONV_PACK("cpp", weight, *norm[:5], stride)
     out, _, kh, kw = weight.shape
     return PackedConvolution(packed, (out, kh, kw), ACTIVATIONS[norm.activation], stride, padding)
 

@@ -27,12 +27,12 @@ CONV_INFERENCE = Op(
 )
 
 
-def _conv_pack_fake(weight: Tensor, *norm: Any) -> Tensor:
-    # How a weight is laid out depends on the CPU.
+def _conv_pack_fake(weight: Tensor, *rest: Any) -> Tensor:
+    # How a weight is laid out depends on the CPU and on the stride.
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=statistics_dtype(weight))
 
 
-CONV_PACK = Op("conv_pack", f"({_LAYER}) -> Tensor", fake=_conv_pack_fake, backends=("cpp",))
+CONV_PACK = Op("conv_pack", f"({_LAYER}, int stride) -> Tensor", fake=_conv_pack_fake, backends=("cpp",))
 
 
 def _conv_packed_fake(x: Tensor, packed: Tensor, out_channels: int, *arguments: Any) -> Tensor:
