@@ -48,19 +48,31 @@ static inline ActivationForm activation_form(int code) {
   }
 }
 
-static inline EFFK_HOST_DEVICE float activate(float z, const ActivationForm& form) {
-  float s;
+struct Activated {
+  float value, slope;
+};
+
+// act(z) and act'(z), as PyTorch has it where act has a kink.
+static inline EFFK_HOST_DEVICE Activated activate_with_slope(float z, const ActivationForm& form) {
+  float s, slope;
   if (form.logistic) {
 #ifdef __CUDA_ARCH__
     s = __fdividef(1.0f, 1.0f + __expf(-z));
 #else
     s = 1.0f / (1.0f + expf(-z));
 #endif
+    slope = s * (1.0f - s);
   } else {
     s = form.slope * z + form.offset;
+    const bool flat = (s <= form.low && form.low > -INFINITY) || (s >= form.high && form.high < INFINITY);
+    slope = flat ? 0.0f : form.slope;
     s = s < form.low ? form.low : s > form.high ? form.high : s;  // NaN stays
   }
-  return form.times_z ? z * s : s;
+  return form.times_z ? Activated{z * s, fmaf(z, slope, s)} : Activated{s, slope};
+}
+
+static inline EFFK_HOST_DEVICE float activate(float z, const ActivationForm& form) {
+  return activate_with_slope(z, form).value;
 }
 
 }  // namespace effk

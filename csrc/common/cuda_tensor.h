@@ -38,6 +38,9 @@ inline Tensor empty_floats(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, x.device());
 }
 
+// Those that a launch left unneeded are null.
+inline float* floats_of(const Tensor& t) { return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; }
+
 // Small tensors may be copied.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -88,6 +91,36 @@ class ChannelVectors {
 
  private:
   std::array<std::optional<Tensor>, 4> vectors_;
+};
+
+// Of a BackwardTransform: of maps of the dtype of x, [N, C, H, W].
+class BackwardVectors {
+ public:
+  BackwardVectors(std::array<std::optional<Tensor>, 4> vectors, double eps, int64_t activation,
+                  const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                  const std::optional<Tensor>& grad_means, const Tensor& x)
+      : forward_(std::move(vectors), eps, activation, x.size(1), x),
+        scale_(floats(scale, x.size(0), x.size(1), "scale")),
+        shift_(floats(shift, x.size(0), x.size(1), "shift")),
+        means_(floats(grad_means, 2, x.size(1), "grad_means")) {
+    transform = {forward_.transform, data_of(scale_), data_of(shift_), data_of(means_)};
+  }
+
+  BackwardTransform transform;
+
+ private:
+  static std::optional<Tensor> floats(const std::optional<Tensor>& t, int64_t rows, int64_t columns, const char* name) {
+    require(!t || (t->dim() == 2 && t->size(0) == rows && t->size(1) == columns &&
+                   t->scalar_type() == ScalarType::Float),
+            std::string(name) + " must be float32, [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    return dense(t);
+  }
+  static const float* data_of(const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
+  }
+
+  ChannelVectors forward_;
+  std::optional<Tensor> scale_, shift_, means_;
 };
 
 // Of the tensor's device.

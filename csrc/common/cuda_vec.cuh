@@ -76,6 +76,12 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+template <class T, int V>
+__device__ __forceinline__ void to_floats(float (&values)[V], const Vec<T, V>& vec) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = to_float(vec.at[v]);
+}
+
 template <class T>
 __device__ __forceinline__ T load_global(const T* from) {
   return Vec<T, 1>::load_global(from).at[0];

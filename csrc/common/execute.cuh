@@ -8,6 +8,7 @@
 
 #include "common/cuda_vec.cuh"
 #include "common/moments.cuh"
+#include "common/partial_sums.cuh"
 
 namespace effk {
 
@@ -38,6 +39,12 @@ template <class Instance, class Params>
 void launch(const ReducingPlan<Instance, Params>& plan, void (*kernel)(Params), cudaStream_t stream) {
   launch(plan.main, kernel, stream);
   if (plan.merge) launch(*plan.merge, merge_moments<kMergeThreads>, stream);
+}
+
+template <class Instance, class Params>
+void launch(const SummingPlan<Instance, Params>& plan, void (*kernel)(Params), cudaStream_t stream) {
+  launch(plan.main, kernel, stream);
+  if (plan.add) launch(*plan.add, add_parts<kAddThreads>, stream);
 }
 
 }  // namespace effk

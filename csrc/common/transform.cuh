@@ -35,6 +35,77 @@ __device__ __forceinline__ void activate_all(float (&z)[V], const ActivationForm
   }
 }
 
+template <int V>
+__device__ __forceinline__ void activate_all_with_slopes(float (&z)[V], float (&slopes)[V], const ActivationForm& form) {
+  const auto activate_each = [&](const ActivationForm& known) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const Activated a = activate_with_slope(z[v], known);
+      z[v] = a.value;
+      slopes[v] = a.slope;
+    }
+  };
+  if (form.logistic) {
+    activate_each({true, form.times_z, 0, 0, 0, 0});
+  } else {
+    activate_each({false, form.times_z, form.slope, form.offset, form.low, form.high});
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float load_inverse_deviation(const Transform& t, int c) {
+  return 1.0f / sqrtf(load_parameter<T>(t.var, t.float32 & 2, c) + t.eps);
+}
+
+// The way back through a Transform, of one channel of one image.
+struct alignas(16) ChannelBackward {
+  Normalize normalize;
+  float slope, constant;  // dx = normalize.scale * dz + slope * (x - mean) + constant
+  float scale, shift;
+};
+
+template <class T>
+__device__ __forceinline__ ChannelBackward load_backward(const BackwardTransform& t, int c, int channels) {
+  ChannelBackward b{load_normalize<T>(t.forward, c), 0.0f, 0.0f, 1.0f, 0.0f};
+  if (t.means) {
+    const float factor = -b.normalize.scale;
+    b.slope = factor * load_inverse_deviation<T>(t.forward, c) * load_global(t.means + channels + c);
+    b.constant = factor * load_global(t.means + c);
+  }
+  return b;
+}
+
+// Makes it that of image n.
+__device__ __forceinline__ void set_image(ChannelBackward& b, const BackwardTransform& t, int64_t n, int c,
+                                          int channels) {
+  if (t.scale) b.scale = load_global(t.scale + n * channels + c);
+  if (t.shift) b.shift = load_global(t.shift + n * channels + c);
+}
+
+// Makes dz of `grad`, in place. `of` are the channels of the values, or the one of all.
+template <int V, int kChannels>
+__device__ __forceinline__ void norm_gradient(float (&grad)[V], const float (&x)[V], const ActivationForm& form,
+                                              const ChannelBackward (&of)[kChannels]) {
+  static_assert(kChannels == V || kChannels == 1, "channels");
+  float z[V], slopes[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) z[v] = of[v % kChannels].normalize(x[v]);
+  activate_all_with_slopes(z, slopes, form);
+#pragma unroll
+  for (int v = 0; v < V; ++v) grad[v] = fmaf(grad[v], of[v % kChannels].scale, of[v % kChannels].shift) * slopes[v];
+}
+
+// Makes of dz the gradient of x, in place.
+template <int V, int kChannels>
+__device__ __forceinline__ void input_gradient(float (&dz)[V], const float (&x)[V],
+                                               const ChannelBackward (&of)[kChannels]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const ChannelBackward& b = of[v % kChannels];
+    dz[v] = fmaf(b.normalize.scale, dz[v], fmaf(x[v] - b.normalize.mean, b.slope, b.constant));
+  }
+}
+
 template <class T, int V>
 struct ChannelTransform {
   const Transform& transform;

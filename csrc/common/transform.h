@@ -23,6 +23,13 @@ struct Normalize {
   EFFK_HOST_DEVICE float operator()(float z) const { return (z - mean) * scale + beta; }
 };
 
+// The way back through a Transform with a mean: from the gradient of what came out, grad * scale + shift, to that of z.
+struct BackwardTransform {
+  Transform forward;
+  const float *scale, *shift;  // [N, C]; without them 1 and 0
+  const float* means;          // [2, C], over batch and map, of dz and of dz * zhat; null where the statistics are fixed
+};
+
 inline Transform make_transform(const void* mean, const void* var, const void* gamma, const void* beta, float eps,
                                 uint32_t float32, int activation) {
   return {mean, var, gamma, beta, eps, float32, activation_form(activation), mean || activation != kIdentity};

@@ -8,7 +8,8 @@
 #include <string>
 #include <tuple>
 
-#include "common/launch.h"
+#include "common/moments.h"
+#include "common/partial_sums.h"
 #include "common/transform.h"
 
 namespace effk::introspection {
@@ -40,6 +41,15 @@ inline Transform transform_from(const TransformArgument& argument) {
   return make_transform(pointer(0), pointer(1), pointer(2), pointer(3), eps, float32, activation);
 }
 
+// A BatchNorm that is passed backward: scale and shift per image, and the gradients' means (0: none).
+using BackwardArgument = std::tuple<TransformArgument, Address, Address, Address>;
+
+inline BackwardTransform backward_from(const BackwardArgument& argument) {
+  const auto& [forward, scale, shift, means] = argument;
+  const auto pointer = [](Address address) { return reinterpret_cast<const float*>(address); };
+  return {transform_from(forward), pointer(scale), pointer(shift), pointer(means)};
+}
+
 // {kernel, grid, block, shared_bytes, params}: a C++ name, three numbers, and the kernel's only argument as bytes.
 template <class Instance, class Params>
 py::dict to_dict(const Launch<Instance, Params>& launch) {
@@ -52,17 +62,29 @@ py::dict to_dict(const Launch<Instance, Params>& launch) {
   return dict;
 }
 
-// {launches, workspace_floats}
-template <class Plan>
-py::dict to_dict(Plan& plan, Address sums, Address workspace) {
-  plan.reduce_into(reinterpret_cast<float*>(sums), reinterpret_cast<float*>(workspace));
+// {launches, workspace_floats}; `last` may be missing.
+template <class Main, class Last>
+py::dict to_dict(const Main& main, const Last& last, int64_t workspace_floats) {
   py::list launches;
-  launches.append(to_dict(plan.main));
-  if (plan.merge) launches.append(to_dict(*plan.merge));
+  launches.append(to_dict(main));
+  if (last) launches.append(to_dict(*last));
   py::dict dict;
   dict["launches"] = launches;
-  dict["workspace_floats"] = plan.workspace_floats;
+  dict["workspace_floats"] = workspace_floats;
   return dict;
+}
+
+template <class Instance, class Params>
+py::dict to_dict(ReducingPlan<Instance, Params>& plan, Address sums, Address workspace) {
+  plan.reduce_into(reinterpret_cast<float*>(sums), reinterpret_cast<float*>(workspace));
+  return to_dict(plan.main, plan.merge, plan.workspace_floats);
+}
+
+template <class Instance, class Params>
+py::dict to_dict(SummingPlan<Instance, Params>& plan, Address first, Address second, Address workspace) {
+  const auto pointer = [](Address address) { return reinterpret_cast<float*>(address); };
+  plan.sum_into(pointer(first), pointer(second), pointer(workspace));
+  return to_dict(plan.main, plan.add, plan.workspace_floats);
 }
 
 }  // namespace effk::introspection

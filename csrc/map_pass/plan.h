@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "common/moments.h"
 #include "common/transform.h"
@@ -31,6 +32,14 @@ struct Problem {
 
 // A thread's items are its vectors: of channels at one pixel (channels_last), of columns of one plane (NCHW). The items
 // of a map, or plane, are `rows` by `row_items`; they are cut into `parts` for as many blocks.
+struct Items {
+  int n, c;
+  int group;    // channels (channels_last) or planes (NCHW) of a block
+  int members;  // threads that share a part
+  int rows, row_items, parts, part_items;
+  int vector;  // elements of an item
+};
+
 struct Params {
   const void* x;
   void* y;
@@ -38,11 +47,7 @@ struct Params {
   Strides x_stride, y_stride;
   Transform transform;
   Reduction reduction;
-  int n, c;
-  int group;    // channels (channels_last) or planes (NCHW) of a block
-  int members;  // threads that share a part
-  int rows, row_items, parts, part_items;
-  int vector;     // elements of an item
+  Items items;
   bool x_aligned, y_aligned;  // channels_last: whether an item is one access; in NCHW it always is
 };
 
@@ -58,15 +63,59 @@ struct PlaneInfo {
 // Rows that follow each other without a gap are one row.
 inline bool is_flat(const Map& m) { return m.h == 1 || m.stride_h == m.w * m.stride_w; }
 
+struct Cut {
+  Items items;
+  int64_t blocks;
+  int threads;
+};
+
+// How blocks and threads share maps of one shape. Where all are flat, each becomes one row. An item has `vector` elements,
+// in NCHW at most.
+inline Cut cut(std::initializer_list<Map*> maps, Dtype dtype, bool channels_last, int vector) {
+  constexpr int kItemsPerThread = 16, kEnoughBlocks = 512, kChannelVectors = 64;
+  if (std::all_of(maps.begin(), maps.end(), [](const Map* m) { return is_flat(*m); }))
+    for (Map* m : maps) {
+      m->w *= m->h;
+      m->h = 1;
+      m->stride_h = 0;
+    }
+  const Map& x = **maps.begin();
+  Cut cut{};
+  Items& p = cut.items;
+  to_int32(x.n * x.c, "batch times channels");
+  p.n = to_int32(x.n, "the batch");
+  p.c = to_int32(x.c, "the number of channels");
+  p.rows = to_int32(x.h, "the height");
+  p.vector = vector;
+  if (channels_last) {
+    p.row_items = to_int32(x.w, "the size of a map");
+    const int64_t vectors = ceil_div(p.c, p.vector), groups = ceil_div(vectors, kChannelVectors);
+    const int lanes = int(ceil_div(vectors, groups));
+    p.members = int(std::min<int64_t>(kMaxThreads / lanes, int64_t{p.rows} * p.row_items));
+    p.group = lanes * p.vector;
+    cut.threads = lanes * p.members;
+    cut.blocks = p.n * groups;
+  } else {
+    for (const Map* m : maps) p.vector = std::min(p.vector, widest_vector(*m, dtype, false));
+    p.row_items = to_int32(x.w / p.vector, "the size of a map");
+    p.members = int(std::min<int64_t>(kMaxThreads, int64_t{p.rows} * p.row_items));
+    p.group = int(std::min<int64_t>(kMaxThreads / p.members, int64_t{p.n} * p.c));
+    cut.threads = p.group * p.members;
+    cut.blocks = ceil_div(int64_t{p.n} * p.c, p.group);
+  }
+  const int64_t items = int64_t{p.rows} * p.row_items, rounds = ceil_div(items, p.members);
+  const int64_t wanted = std::min(ceil_div(kEnoughBlocks, cut.blocks), ceil_div(rounds, 2));
+  const int64_t parts = std::max(ceil_div(rounds, kItemsPerThread), wanted);
+  p.part_items = int(ceil_div(rounds, parts)) * p.members;
+  p.parts = int(ceil_div(items, p.part_items));
+  cut.blocks *= p.parts;
+  return cut;
+}
+
 // A problem must not be empty.
 inline Plan make_plan(const Problem& q) {
-  constexpr int kItemsPerThread = 16, kEnoughBlocks = 512, kChannelVectors = 64;
   Map x = q.x, y = q.y;
-  if (is_flat(x) && is_flat(y)) {
-    x.w = y.w = x.w * x.h;
-    x.h = y.h = 1;
-    x.stride_h = y.stride_h = 0;
-  }
+  const Cut c = cut({&x, &y}, q.dtype, q.channels_last, kVectorBytes / size_of(q.dtype));
   Plan plan;
   Params& p = plan.main.params = Params{};
   p.x = x.data;
@@ -75,44 +124,18 @@ inline Plan make_plan(const Problem& q) {
   p.x_stride = strides_of(x);
   p.y_stride = strides_of(y);
   p.transform = q.transform;
-  to_int32(x.n * x.c, "batch times channels");
-  p.n = to_int32(x.n, "the batch");
-  p.c = to_int32(x.c, "the number of channels");
-  p.rows = to_int32(x.h, "the height");
-  int64_t blocks;
-  int threads, lanes;
-  if (q.channels_last) {
-    p.vector = kVectorBytes / size_of(q.dtype);
-    p.x_aligned = vectorizes(x, q.dtype, true, p.vector);
-    p.y_aligned = vectorizes(y, q.dtype, true, p.vector);
-    p.row_items = to_int32(x.w, "the size of a map");
-    const int64_t vectors = ceil_div(p.c, p.vector), groups = ceil_div(vectors, kChannelVectors);
-    lanes = int(ceil_div(vectors, groups));
-    p.members = int(std::min<int64_t>(kMaxThreads / lanes, int64_t{p.rows} * p.row_items));
-    p.group = lanes * p.vector;
-    threads = lanes * p.members;
-    blocks = p.n * groups;
-  } else {
-    p.vector = std::min(widest_vector(x, q.dtype, false), widest_vector(y, q.dtype, false));
-    p.row_items = to_int32(x.w / p.vector, "the size of a map");
-    p.members = int(std::min<int64_t>(kMaxThreads, int64_t{p.rows} * p.row_items));
-    p.group = int(std::min<int64_t>(kMaxThreads / p.members, int64_t{p.n} * p.c));
-    threads = p.group * p.members;
-    blocks = ceil_div(int64_t{p.n} * p.c, p.group);
-  }
-  const int64_t items = int64_t{p.rows} * p.row_items, rounds = ceil_div(items, p.members);
-  const int64_t wanted = std::min(ceil_div(kEnoughBlocks, blocks), ceil_div(rounds, 2));
-  const int64_t parts = std::max(ceil_div(rounds, kItemsPerThread), wanted);
-  p.part_items = int(ceil_div(rounds, parts)) * p.members;
-  p.parts = int(ceil_div(items, p.part_items));
-  const bool reduces = q.reduce != Reduce::kNone;
-  int shared = q.channels_last ? 0 : p.group * int(sizeof(PlaneInfo));
-  if (reduces) shared = std::max(shared, threads * (q.channels_last ? p.vector : 1) * int(sizeof(Moments)));
+  p.items = c.items;
+  const int vector = c.items.vector;
+  p.x_aligned = vectorizes(x, q.dtype, q.channels_last, vector);
+  p.y_aligned = vectorizes(y, q.dtype, q.channels_last, vector);
+  int shared = q.channels_last ? 0 : c.items.group * int(sizeof(PlaneInfo));
+  if (q.reduce != Reduce::kNone)
+    shared = std::max(shared, c.threads * (q.channels_last ? vector : 1) * int(sizeof(Moments)));
   plan.main.instance = {q.channels_last, q.dtype};
-  plan.main.grid = unsigned(to_int32(blocks * p.parts, "the number of blocks"));
-  plan.main.block = unsigned(threads);
+  plan.main.grid = unsigned(to_int32(c.blocks, "the number of blocks"));
+  plan.main.block = unsigned(c.threads);
   plan.main.shared_bytes = unsigned(shared);
-  plan.reduce(q.reduce, p.n, p.parts, p.c);
+  plan.reduce(q.reduce, c.items.n, c.items.parts, c.items.c);
   return plan;
 }
 

@@ -4,22 +4,16 @@ In all of them bn(x) = gamma * xhat + beta with xhat = (x - mean) / sqrt(var + e
 `statistics_dtype`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from effkernels.ops._activation import activate_backward
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm import reference
 from effkernels.ops.batch_norm.synchronised import means_of_all, statistics_of_all
-
-aten = torch.ops.aten
 
 
 class Reduce(IntEnum):
@@ -119,7 +113,6 @@ BN_BACKWARD_SUMS = Op(
     "bn_backward_sums",
     "(Tensor grad, Tensor? scale, Tensor? shift,"
     " Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act) -> Tensor",
-    backends=("cpp", "triton"),
     fake=_bn_backward_sums_fake,
 )
 BN_BACKWARD_SUMS.implement_in_triton("effkernels.ops.batch_norm.triton")
@@ -140,7 +133,6 @@ BN_BACKWARD = Op(
     "(Tensor grad, Tensor? scale, Tensor? shift,"
     " Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int act, Tensor? grad_means)"
     " -> Tensor",
-    backends=("cpp", "triton"),
     fake=_bn_backward_fake,
 )
 BN_BACKWARD.implement_in_triton("effkernels.ops.batch_norm.triton")
@@ -190,53 +182,31 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[T
     needs = ctx.needs_input_grad[:3]
     if grad_y is None:
         return (None,) * 9
-    grads = bn_act_backward(
-        backend, grad_y, None, None, x, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs
-    )
-    return *grads, *(None,) * 6
+    norm = (stats[0], stats[1], gamma, beta, ctx.eps, ctx.act)
+    sums, means = backward_sums(backend, ctx, any(needs[1:]), grad_y, None, x, norm, stats)
+    grad_x = BN_BACKWARD(backend, grad_y, None, None, x, *norm, means) if needs[0] else None
+    return *gradients((x, gamma, beta), (grad_x, sums[1], sums[0]), needs), *(None,) * 6
 
 
-def bn_act_backward(
-    backend: str, grad: Tensor, scale: Tensor | None, shift: Tensor | None,
-    x: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, training: bool, group: str, eps: float,
-    act: int, needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients that `needs` asks for of x, gamma and beta, from x and dz as in `bn_backward_sums`."""
-    if not any(needs):
-        return None, None, None
-    if x.numel() == 0 and not group:  # what has no statistics
-        empty = zip((x, gamma, beta), needs, strict=True)
-        grad_x, grad_gamma, grad_beta = (torch.zeros_like(t) if t is not None and need else None for t, need in empty)
-        return grad_x, grad_gamma, grad_beta
-    mean, var = stats[:2]
-    if backend not in BN_BACKWARD.overloads and not group:
-        wide_gamma, wide_beta = (None if t is None else t.to(stats.dtype) for t in (gamma, beta))
-        if scale is not None:
-            grad = grad * scale.to(grad.dtype)[:, :, None, None]
-        if shift is not None:
-            grad = grad + shift.to(grad.dtype)[:, :, None, None]
-        z = F.batch_norm(x, mean, var, wide_gamma, wide_beta, False, 0.0, eps)
-        grad_x, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-            activate_backward(grad, z, act), x, wide_gamma, mean, var, mean, (var + eps).rsqrt(), training, eps,
-            list(needs),
-        )  # fmt: skip
-    else:
-        sums_of: Callable[..., Tensor] = reference.bn_backward_sums
-        backward: Callable[..., Tensor] = reference.bn_backward
-        if backend in BN_BACKWARD.overloads:
-            sums_of, backward = partial(BN_BACKWARD_SUMS, backend), partial(BN_BACKWARD, backend)
-        given = (grad, scale, shift, x, mean, var, gamma, beta, eps, act)
-        grad_x = means = grad_gamma = grad_beta = None
-        if training or needs[1] or needs[2]:
-            sums = sums_of(*given)
-            grad_beta, grad_gamma = sums
-            means = means_of_all(sums, stats, x, group) if training else None
-        if needs[0]:
-            grad_x = backward(*given, means)
-    return (
-        grad_x if needs[0] else None,
-        grad_gamma.to(gamma.dtype) if needs[1] and grad_gamma is not None and gamma is not None else None,
-        grad_beta.to(beta.dtype) if needs[2] and grad_beta is not None and beta is not None else None,
+def backward_sums(
+    backend: str, ctx: Any, needed: bool, grad: Tensor, shift: Tensor | None,
+    x: Tensor, norm: tuple[Any, ...], stats: Tensor,
+) -> tuple[Sequence[Tensor | None], Tensor | None]:  # fmt: skip
+    """The gradients of beta and gamma if they are `needed`, and the means of `bn_backward`: as `ctx` has it, whose
+    attributes are `training` and `group`."""
+    if not (ctx.training or needed):
+        return (None, None), None
+    sums = BN_BACKWARD_SUMS(backend, grad, None, shift, x, *norm)
+    return sums, means_of_all(sums, stats, x, ctx.group) if ctx.training else None
+
+
+def gradients(
+    inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Those that are needed, in the dtype of their input."""
+    return tuple(
+        grad.to(t.dtype) if need and grad is not None and t is not None else None
+        for t, grad, need in zip(inputs, grads, needs, strict=True)
     )
 
 

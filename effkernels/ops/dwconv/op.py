@@ -4,25 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from effkernels.ops._geometry import covered, extra_padding
+from effkernels.ops._geometry import covered
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import (
     BN_APPLY,
-    BN_BACKWARD_SUMS,
     Reduce,
-    bn_act_backward,
+    backward_sums,
     fake_statistics,
     fake_sums,
+    gradients,
     settled,
     statistics_dtype,
 )
-from effkernels.ops.batch_norm.synchronised import means_of_all
 
-aten = torch.ops.aten
 NO_NORM = (None, None, None, None, 0.0, 0)  # no prologue, or no epilogue
 
 
@@ -103,7 +100,6 @@ DWCONV_BACKWARD = Op(
     " Tensor x, Tensor? mean1, Tensor? var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
     " int stride, SymInt pad_top, SymInt pad_left, bool need_input, bool need_weight)"
     " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
-    backends=("cpp", "triton"),
     fake=_dwconv_backward_fake,
     flops=_dwconv_backward_flops,
 )
@@ -147,66 +143,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    d = ctx.saved_tensors[4]
+    x, weight, gamma, beta, d, stats = ctx.saved_tensors
     shift = grad_pooled / (d.shape[2] * d.shape[3]) if ctx.pool and grad_pooled is not None else None
     if grad_y is None:
         if shift is None:
             return (None,) * 16
         grad_y = d.new_zeros(()).expand_as(d)
-    phases = backend in DWCONV_BACKWARD.overloads and d.shape[0] > 0
-    backward = _backward_by_phases if phases else _backward_by_library
-    return *backward(backend, ctx, grad_y, shift, *ctx.saved_tensors), *(None,) * 12
-
-
-def _backward_by_phases(
-    backend: str, ctx: Any, grad_y: Tensor, shift: Tensor | None,
-    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, d: Tensor, stats: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
+    need_x, need_weight, *need_affine = needs = ctx.needs_input_grad[:4]
     norm = (stats[0], stats[1], gamma, beta, ctx.eps, ctx.act)
-    means = grad_gamma = grad_beta = None
-    if ctx.training or need_gamma or need_beta:
-        sums = BN_BACKWARD_SUMS(backend, grad_y, None, shift, d, *norm)
-        means = means_of_all(sums, stats, d, ctx.group) if ctx.training else None
-        grad_beta, grad_gamma = sums
+    sums, means = backward_sums(backend, ctx, any(need_affine), grad_y, shift, d, norm, stats)
     grad_x = grad_weight = None
     if need_x or need_weight:
         grad_x, grad_weight, _ = DWCONV_BACKWARD(
             backend, grad_y, None, shift, d, *norm, means, weight, x, *NO_NORM, ctx.stride, ctx.top, ctx.left,
             need_x, need_weight,
         )  # fmt: skip
-    grads = (grad_x, grad_weight, grad_gamma, grad_beta)
-    needs = ctx.needs_input_grad[:4]
-    inputs = (x, weight, gamma, beta)
-    return tuple(
-        grad.to(t.dtype) if need and grad is not None and t is not None else None
-        for grad, need, t in zip(grads, needs, inputs, strict=True)
-    )
-
-
-def _backward_by_library(
-    backend: str, ctx: Any, grad_y: Tensor, shift: Tensor | None,
-    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, d: Tensor, stats: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    need_x, need_weight, *need_affine = ctx.needs_input_grad[:4]
-    needs = (need_x or need_weight, *need_affine)
-    grad_d, grad_gamma, grad_beta = bn_act_backward(
-        backend, grad_y, None, shift, d, stats, gamma, beta, ctx.training, ctx.group, ctx.eps, ctx.act, needs
-    )
-    grad_x = grad_weight = None
-    if grad_d is not None:
-        # The library's formula pads both sides alike: what "same" adds at the end is made explicit.
-        (h, w), k, stride = x.shape[2:], weight.shape[2], ctx.stride
-        bottom = extra_padding(h, d.shape[2], ctx.top, k, stride)
-        right = extra_padding(w, d.shape[3], ctx.left, k, stride)
-        padded = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
-        grad_x, grad_weight, _ = aten.convolution_backward(
-            grad_d, padded, weight, None, (stride, stride), (ctx.top, ctx.left), (1, 1), False, (0, 0), x.shape[1],
-            (need_x, need_weight, False),
-        )  # fmt: skip
-        if need_x:
-            grad_x = grad_x[:, :, :h, :w]
-    return grad_x, grad_weight, grad_gamma, grad_beta
+    return *gradients((x, weight, gamma, beta), (grad_x, grad_weight, sums[1], sums[0]), needs), *(None,) * 12
 
 
 DWCONV_BN_ACT = Op(
