@@ -56,7 +56,7 @@ __device__ __forceinline__ void backward_items(const Params& p, const T* grad, c
 template <class T>
 __device__ __forceinline__ void leave(const Params& p, int sum, int64_t n, int part, int c, float total) {
   if (sum == 1) total *= load_inverse_deviation<T>(p.transform.forward, c);
-  p.sums.second[(n * p.items.parts + part) * p.sums.pitch + int64_t{sum} * p.items.c + c] = total;
+  p.sums.second[(n * p.items.parts + part) * p.sums.pitch + p.sums.split + int64_t{sum} * p.items.c + c] = total;
 }
 
 template <class T>

@@ -24,10 +24,10 @@ using AddPartsLaunch = Launch<AddPartsInstance, AddPartsParams>;
 
 inline std::string kernel_name(AddPartsInstance) { return "effk::add_parts<" + std::to_string(kAddThreads) + ">"; }
 
-// Where a kernel's blocks leave sums: part i at i * pitch.
+// Where a kernel's blocks leave sums, those of part i at i * pitch.
 struct PartialSums {
   float *first, *second;  // null: not needed
-  int64_t pitch;
+  int64_t pitch, split;   // second sums begin at `split`
 };
 
 // A launch whose blocks leave sums, and the one that adds them up. Params has a member `sums`.
@@ -50,14 +50,14 @@ struct SummingPlan {
   // Null for what is not needed.
   void sum_into(float* first, float* second, float* workspace) {
     if (!add) {
-      main.params.sums = {first, second, 0};
+      main.params.sums = {first, second, 0, 0};
       return;
     }
     AddPartsParams& p = add->params;
     p.parts = workspace;
     p.first = first;
     p.second = second;
-    main.params.sums = {first ? workspace : nullptr, second ? workspace + p.split : nullptr, p.columns};
+    main.params.sums = {first ? workspace : nullptr, second ? workspace : nullptr, p.columns, p.split};
   }
 };
 

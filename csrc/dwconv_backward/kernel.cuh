@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
       if (p.sums.first) p.sums.first[part * p.sums.pitch + int64_t{c0 + channel} * (K * K) + sum] = total;
     } else if (p.sums.second) {
       if (sum == kOfProduct) total *= load_inverse_deviation<T>(p.before, c0 + channel);
-      p.sums.second[part * p.sums.pitch + int64_t{sum - K * K} * p.c + c0 + channel] = total;
+      p.sums.second[part * p.sums.pitch + p.sums.split + int64_t{sum - kOfDz} * p.c + c0 + channel] = total;
     }
   });
 }

@@ -80,11 +80,15 @@ def test_plans_stay_within_limits():
         memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         maps = (torch.empty(s, device="meta", memory_format=memory_format) for s in ((5, c, h, w), (5, c, *out)))
         x, y = ((0, list(m.shape), list(m.stride())) for m in maps)
-        plan = _native.introspection.dwconv_plan(
-            x=x, y=y, dtype=dtype, channels_last=layout == "channels_last", weight=0, prologue=none, epilogue=none,
-            kernel_size=k, stride=stride, pad_top=k // 2, pad_left=k // 2, reduce=Reduce.STATISTICS,
-        )  # fmt: skip
-        for launch in plan["launches"]:
+        window = dict(kernel_size=k, stride=stride, pad_top=k // 2, pad_left=k // 2)
+        given = dict(x=x, y=y, dtype=dtype, channels_last=layout == "channels_last", weight=0, **window)
+        plans = (
+            _native.introspection.dwconv_plan(prologue=none, epilogue=none, reduce=Reduce.STATISTICS, **given),
+            _native.introspection.dwconv_backward_plan(
+                grad=y, after=(none, 0, 0, 0), before=none, grad_norm=x, need_weight=True, **given
+            ),
+        )
+        for launch in itertools.chain(*(plan["launches"] for plan in plans)):
             assert 1 <= launch["block"] <= 256
             assert launch["shared_bytes"] <= 48 * 1024
             assert launch["grid"] >= 1

@@ -196,7 +196,10 @@ def backward_sums(
     attributes are `training` and `group`."""
     if not (ctx.training or needed):
         return (None, None), None
-    sums = BN_BACKWARD_SUMS(backend, grad, None, shift, x, *norm)
+    if x.numel():
+        sums = BN_BACKWARD_SUMS(backend, grad, None, shift, x, *norm)
+    else:
+        sums = stats.new_zeros((2, x.shape[1]))  # of values without statistics
     return sums, means_of_all(sums, stats, x, ctx.group) if ctx.training else None
 
 

@@ -97,6 +97,7 @@ class DwconvBackward(Case):
     scaled: bool = False
     fixed: bool = False
     needs: tuple[bool, bool] = (True, True)
+    grad_layout: str = ""  # by default dense, and as x
 
     def make(self) -> tuple[Any, ...]:
         n, channels, height, width = self.shape
@@ -105,7 +106,8 @@ class DwconvBackward(Case):
         left, out_w = resolve_padding("dwconv", self.padding, width, k, self.stride)
         out = (n, channels, out_h, out_w)
         x, weight = feature_map(self.shape, self.dtype, self.layout), torch.randn(channels, 1, k, k).to(self.dtype)
-        grad, y = (feature_map(out, self.dtype, memory_of(self.layout)) for _ in range(2))
+        memory = memory_of(self.layout)
+        grad, y = (feature_map(out, self.dtype, layout) for layout in (self.grad_layout or memory, memory))
         means = None if self.fixed else 0.2 * torch.randn(2, channels).to(torch.promote_types(self.dtype, f32))
         norms = (self.epilogue.make(channels, self.dtype), self.prologue.make(channels, self.dtype))
         vectors = image_vectors(out, self.dtype, self.scaled)
@@ -193,6 +195,9 @@ def _cases() -> Iterator[Case]:
         )  # fmt: skip
     yield DwconvBackward(tag="core", shape=(1, 17, 9, 3), layout="sliced channels_last", fixed=True)
     yield DwconvBackward(tag="core", shape=(0, 3, 6, 7), prologue=SILU)
+    # A gradient laid out otherwise than x, and that of a mean over the map.
+    yield DwconvBackward(tag="core", shape=(2, 5, 6, 7), grad_layout="channels_last")
+    yield DwconvBackward(tag="core", shape=(2, 5, 6, 7), layout="channels_last", grad_layout="expanded nchw")
     for (k, stride), layout in itertools.product(windows, ("nchw", "channels_last")):
         for shape, needs, padding in (
             ((2, 24, 16, 19), (True, True), "auto"),
@@ -210,6 +215,11 @@ def _cases() -> Iterator[Case]:
                 tag="instance", shape=shape, layout=layout, dtype=dtype, kernel_size=k, stride=stride,
                 prologue=prologue, epilogue=SILU, reduce=reduce,
             )  # fmt: skip
+        # Several blocks, whose sums are added up.
+        yield DwconvBackward(
+            tag="instance", shape=(3, 8, 16, 24), layout=layout, dtype=dtype, kernel_size=k, stride=stride,
+            prologue=SILU, scaled=True,
+        )  # fmt: skip
     for m in maps(numbers):
         k, stride = numbers.choice(windows)
         yield DwconvBackward(
