@@ -3,7 +3,7 @@
 // A block takes tiles of the input one after the other, of the same channels. Of each it stages dy, the gradient of the
 // raw output, with what of it lies around the tile: each value is normalised and its slope taken once. A thread owns a
 // column of steps: it slides down the staged tile, the rows of dy that its input sees in registers beside the weights and
-// the sums of the weight's gradient. Its own pixels of the input are read, activated and done with one by one.
+// the sums of the weight's gradient. Its own pixels of the input are read, activated and done with step by step.
 #pragma once
 
 #include "common/cuda_vec.cuh"
@@ -184,6 +184,28 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
     const int x0 = u0 - kReach, y0 = v0 - kReach;  // where dy begins
     const int lead = kChannelsLast ? 0 : (x0 % p.grad_vector + p.grad_vector) % p.grad_vector;
 
+    int row = (v0 + strip * kSteps) * S - p.pad_top;
+    const int column0 = (u0 + column) * S - p.pad_left;
+    const auto start = [&](const void* map, const Strides& stride) {
+      return static_cast<const T*>(map) + n * stride.n + c * stride.c + int64_t{row} * stride.h +
+             int64_t{column0} * stride.w;
+    };
+    const T* x = start(p.x, p.x_stride);
+    T* out = const_cast<T*>(start(p.grad_norm, p.grad_norm_stride));
+    const auto exists = [&](int r, int q) {
+      return unsigned(row + r) < unsigned(p.h) && unsigned(column0 + q) < unsigned(p.w);
+    };
+    Vec<T, V> next[S][S];  // a step's pixels are loaded while the one before is worked on
+    const auto load_next = [&](int ahead) {
+#pragma unroll
+      for (int r = 0; r < S; ++r)
+#pragma unroll
+        for (int q = 0; q < S; ++q)
+          next[r][q] = load_some<V>(x + (ahead + r) * int64_t{p.x_stride.h} + q * p.x_stride.w, p.x_stride.c,
+                                    exists(ahead + r, q) ? valid : 0, p.x_vector);
+    };
+    load_next(0);
+
     __syncthreads();  // the threads are done with the tile before
     // Around the map dy is zero, and stays so where a tile is a map.
     const bool hangs_over = x0 < 0 || y0 < 0 || x0 + columns > p.out_w || y0 + rows > p.out_h;
@@ -221,14 +243,6 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
     const int row_pitch = kChannelsLast ? columns * p.group : p.pitch, column_pitch = kChannelsLast ? p.group : 1;
     const float* from = tile + strip * kSteps * row_pitch + (kReach + column) * column_pitch +
                         (kChannelsLast ? lane : lane * p.plane_pitch + lead);
-    int row = (v0 + strip * kSteps) * S - p.pad_top;
-    const int column0 = (u0 + column) * S - p.pad_left;
-    const auto start = [&](const void* map, const Strides& stride) {
-      return static_cast<const T*>(map) + n * stride.n + c * stride.c + int64_t{row} * stride.h +
-             int64_t{column0} * stride.w;
-    };
-    const T* x = start(p.x, p.x_stride);
-    T* out = const_cast<T*>(start(p.grad_norm, p.grad_norm_stride));
 
     // The rows of dy that a step sees, from its own column leftwards; row i is dy[i % kSeen].
     constexpr int kSeen = kReach + 1;
@@ -250,22 +264,25 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
       for (int step = 0; step < kSeen; ++step) {
         if (first + step >= kSteps) break;
         read_row(dy[(step + kReach) % kSeen]);
+        float pixels[S][S][V];
+#pragma unroll
+        for (int r = 0; r < S * S; ++r) to_floats(pixels[r / S][r % S], next[r / S][r % S]);
+        if (first + step + 1 < kSteps) load_next(S);
 #pragma unroll
         for (int r = 0; r < S; ++r) {
 #pragma unroll
           for (int q = 0; q < S; ++q) {
-            const bool exists = unsigned(row) < unsigned(p.h) && unsigned(column0 + q) < unsigned(p.w);
+            const bool here = exists(r, q);
             float centred[V], h[V], slopes[V], dh[V];
-            to_floats(h, load_some<V>(x + q * p.x_stride.w, p.x_stride.c, exists ? valid : 0, p.x_vector));
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              centred[v] = h[v] - normalize[v].mean;
-              h[v] = normalize[v](h[v]);
+              centred[v] = pixels[r][q][v] - normalize[v].mean;
+              h[v] = normalize[v](pixels[r][q][v]);
               dh[v] = 0.0f;
             }
             activate_all_with_slopes(h, slopes, p.before.activation);
 #pragma unroll
-            for (int v = 0; v < V; ++v) h[v] = exists ? h[v] : 0.0f;
+            for (int v = 0; v < V; ++v) h[v] = here ? h[v] : 0.0f;
 #pragma unroll
             for (int ky = r; ky < K; ky += S)
 #pragma unroll
@@ -276,7 +293,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
                   dh[v] = fmaf(d, weight[ky * K + kx][v], dh[v]);
                   sums[ky * K + kx][v] = fmaf(d, h[v], sums[ky * K + kx][v]);
                 }
-            if (!exists || !p.grad_norm) continue;
+            if (!here || !p.grad_norm) continue;
             Vec<T, V> dz;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
@@ -284,12 +301,13 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
               sums[kOfDz][v] += to_float(dz.at[v]);
               sums[kOfProduct][v] = fmaf(to_float(dz.at[v]), centred[v], sums[kOfProduct][v]);
             }
-            store_some<V>(out + q * p.grad_norm_stride.w, dz, p.grad_norm_stride.c, valid, p.grad_norm_vector);
+            store_some<V>(out + r * int64_t{p.grad_norm_stride.h} + q * p.grad_norm_stride.w, dz, p.grad_norm_stride.c,
+                          valid, p.grad_norm_vector);
           }
-          ++row;
-          x += p.x_stride.h;
-          out += p.grad_norm_stride.h;
         }
+        row += S;
+        x += S * int64_t{p.x_stride.h};
+        out += S * int64_t{p.grad_norm_stride.h};
       }
     }
   }

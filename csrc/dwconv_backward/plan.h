@@ -23,7 +23,7 @@ constexpr int kSumsAtOnce = 6;
 constexpr int kMaxThreads = 256;
 // How many blocks of so many threads the registers of a multiprocessor are to hold.
 constexpr int blocks_per_sm(int kernel_size, bool channels_last) {
-  return kernel_size == 3 || (kernel_size == 5 && channels_last) ? 2 : 1;
+  return kernel_size < 7 && channels_last ? 2 : 1;
 }
 constexpr int kMaxShared = 48 * 1024;  // what every GPU grants without an opt-in
 
