@@ -19,7 +19,7 @@ template <int V, int kOf, class T>
 __device__ __forceinline__ void backward_items(const Params& p, const T* grad, const T* x, T* grad_x, const Steps& step,
                                                const Steps& inner, int valid, int part, int member,
                                                const ChannelBackward (&of)[kOf], float (&sums)[2][kOf]) {
-  constexpr int kBatch = V == 8 ? 2 : 4;
+  constexpr int kBatch = V < 4 ? 4 : 2;
   Vec<T, V> grads[kBatch], raw[kBatch];
   T* out[kBatch];
   map_pass::for_each_item<kBatch>(

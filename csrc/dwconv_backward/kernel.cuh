@@ -17,9 +17,14 @@ namespace effk::dwconv_backward {
 using dwconv::Walk;
 using dwconv::Window;
 
-// Loads of each map in flight: at most two of 16 bytes, for registers.
+// Loads of each map in flight: what registers allow.
 template <class T, int V>
-constexpr int kBatch = V == kVector<T> ? 2 : 4;
+constexpr int kBatch = V * sizeof(T) < 8 ? 4 : 2;
+
+template <class T>
+constexpr int widest_load(int kernel_size) {
+  return load_bytes(kernel_size) / int(sizeof(T));
+}
 
 // Stages a tile of V channels per thread in channels_last; `inside` is its part on the map, at (x0, y0).
 template <class T, int V>
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
     } else {
       with_width(p.grad_vector, [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
-        if constexpr (kWidth <= kVector<T>) {
+        if constexpr (kWidth <= widest_load<T>(K)) {
           // The map begins and ends with a whole vector.
           const Window inside((x0 - lead) / kWidth, y0, (lead + columns + kWidth - 1) / kWidth, rows,
                               p.out_w / kWidth, p.out_h);

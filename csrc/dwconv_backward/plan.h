@@ -17,6 +17,8 @@ namespace effk::dwconv_backward {
 constexpr int steps(int stride) { return stride == 1 ? 7 : 4; }
 // Channels of a thread in channels_last: of each it keeps k * k weights and as many sums in registers.
 constexpr int lanes(int kernel_size) { return kernel_size == 3 ? 2 : 1; }
+// In NCHW, the widest load of a thread: beside the sums of 49 taps there are registers for no more.
+constexpr int load_bytes(int kernel_size) { return kernel_size == 7 ? kVectorBytes / 2 : kVectorBytes; }
 // Sums that a block adds up at a time.
 constexpr int kSumsAtOnce = 6;
 
@@ -220,7 +222,8 @@ inline Plan make_plan(const Problem& q) {
     p.x_vector = all_lanes(q.x);
     p.grad_norm_vector = all_lanes(q.grad_norm);
   } else {
-    p.grad_vector = std::min(widest_vector(q.grad, q.dtype, false), widest_vector(q.y, q.dtype, false));
+    p.grad_vector = std::min({widest_vector(q.grad, q.dtype, false), widest_vector(q.y, q.dtype, false),
+                              load_bytes(k) / size_of(q.dtype)});
   }
   const bool need_sums = q.grad_norm.data && q.before.mean;
   plan.sum(int(parts), q.need_weight ? q.x.c * k * k : 0, need_sums ? 2 * q.x.c : 0);
