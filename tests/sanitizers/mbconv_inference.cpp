@@ -15,7 +15,8 @@ static std::vector<Buffer> mbconv(MbconvParams p, const MbconvWeights& weights, 
   p.y = y.data();
   const auto run = EFFK_CPU_FUNCTION(mbconv_run);
   const auto units = EFFK_CPU_FUNCTION(mbconv_units);
-  for (MbconvPhase phase : {MbconvPhase::kWhole, MbconvPhase::kDepthwise, MbconvPhase::kGate, MbconvPhase::kProject}) {
+  for (MbconvPhase phase : {MbconvPhase::kWhole, MbconvPhase::kStage, MbconvPhase::kDepthwise, MbconvPhase::kGate,
+                            MbconvPhase::kProject}) {
     if (whole != (phase == MbconvPhase::kWhole) || (phase == MbconvPhase::kGate && p.squeezed == 0)) continue;
     parallel_for(threads, units(p, phase), wide, p.scratch_size, [&](int64_t begin, int64_t end, void* scratch) {
       const Buffer own(wide, whole ? p.image_size : 0);
