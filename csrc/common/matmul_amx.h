@@ -42,6 +42,7 @@ class Bfloat16Product {
     return out;
   }
 
+  // Configures the thread's tiles, as whoever uses them does.
   explicit Bfloat16Product(int64_t) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -50,8 +51,6 @@ class Bfloat16Product {
     } config;
     _tile_loadconfig(&config);
   }
-  ~Bfloat16Product() { _tile_release(); }
-  Bfloat16Product(const Bfloat16Product&) = delete;
 
   void store(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
              Ahead<C> next = {}) const {

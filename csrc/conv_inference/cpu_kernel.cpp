@@ -1,7 +1,6 @@
 #include "cpu_kernel.h"
 
 #include <cstring>
-#include <vector>
 
 #include "matmul.h"
 #include "pixels.h"
@@ -196,24 +195,27 @@ inline int64_t winograd_packed_size(const ConvParams& p) {
   return kParts * packed_size<PlainProduct<float>>(p.out_c, p.x.c) + 2 * round_up<float>(p.out_c);
 }
 
+// Element `part` of G w G^T of one 3 x 3 kernel.
+inline double winograd_weight(const float* w, int part) {
+  const auto combine = [](int row, double a, double b, double c) {
+    return row == 0 ? a : row == 1 ? 0.5 * (a + c + b) : row == 2 ? 0.5 * (a + c - b) : c;
+  };
+  const auto of_column = [&](int i) { return combine(part / 4, w[i], w[3 + i], w[6 + i]); };
+  return combine(part % 4, of_column(0), of_column(1), of_column(2));
+}
+
 inline void winograd_pack(const ConvParams& p, const float* weight, const Affine& norm, float* packed) {
-  const int64_t count = p.out_c * p.x.c, size = packed_size<PlainProduct<float>>(p.out_c, p.x.c);
-  std::vector<float> parts(kParts * count);  // [parts][out_c][C]
-  for (int64_t i = 0; i < count; ++i) {
-    double half[4][3];  // G w
-    for (int column = 0; column < 3; ++column) {
-      const float* w = weight + i * 9 + column;
-      const double sum = 0.5 * (static_cast<double>(w[0]) + w[6]), middle = 0.5 * w[3];
-      half[0][column] = w[0], half[1][column] = sum + middle, half[2][column] = sum - middle, half[3][column] = w[6];
-    }
-    for (int row = 0; row < 4; ++row) {
-      const double *h = half[row], sum = 0.5 * (h[0] + h[2]), middle = 0.5 * h[1];
-      const double values[] = {h[0], sum + middle, sum - middle, h[2]};
-      for (int column = 0; column < 4; ++column) parts[(row * 4 + column) * count + i] = static_cast<float>(values[column]);
-    }
-  }
+  using P = PlainProduct<float>;
+  const int64_t size = packed_size<P>(p.out_c, p.x.c);
   for (int part = 0; part < kParts; ++part)
-    pack_weight<PlainProduct<float>>(parts.data() + part * count, p.out_c, p.x.c, packed + part * size);
+    pack_panels<P>(p.out_c, p.x.c, 0, p.x.c, packed + part * size,
+                   [&](int64_t k, int64_t n, int64_t column, int columns_here, float* out, int64_t stride) {
+      for (int64_t i = 0; i < n; ++i)
+        for (int j = 0; j < kLanes<float>; ++j) {
+          const float* w = weight + ((column + j) * p.x.c + k + i) * 9;
+          out[i * stride + j] = j < columns_here ? static_cast<float>(winograd_weight(w, part)) : 0.0f;
+        }
+    });
   pack_norm(norm, p.out_c, packed + kParts * size);
 }
 

@@ -250,7 +250,7 @@ class TestRealBuild:
         built = sorted(f"{object.parent.name}/{object.name}" for object in self.objects)
         kernels = installed.sources("*/cpu_kernel.cpp")
         assert kernels
-        assert built == sorted(f"{k.parent.name}/{k.name}.{isa}.o" for k in kernels for isa in installed.isas())
+        assert built == sorted(f"{k.parent.name}/{k.name}.{isa}.o" for k in kernels for isa in installed.isas(k))
 
     @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
     def test_instruction_set_units_share_no_symbols(self):
