@@ -124,10 +124,7 @@ Tensor run(MbconvParams p, const void* packed, const Tensor& x, int64_t stride, 
   if (whole) {
     phase(MbconvPhase::kWhole);
   } else {
-    phase(MbconvPhase::kStage);
-    phase(MbconvPhase::kDepthwise);
-    if (p.squeezed) phase(MbconvPhase::kGate);
-    phase(MbconvPhase::kProject);
+    for (MbconvPhase shared_out : kSharedPhases) phase(shared_out);
   }
   return y;
 }

@@ -330,6 +330,7 @@ int64_t mbconv_units(const MbconvParams& p, MbconvPhase phase) {
   with_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     if (phase == MbconvPhase::kStage) units *= needs_staging<T>(p) ? stage_units(p) : 0;
+    if (phase == MbconvPhase::kGate) units *= p.squeezed > 0;
     if (phase == MbconvPhase::kDepthwise) units *= Panels<compute_t<T>>(p.hidden).count * p.bands;
     if (phase == MbconvPhase::kProject) units *= p.shares * p.splits;
   });

@@ -49,9 +49,13 @@ enum class MbconvPhase {
   kWhole,      // all of them, image by image
   kStage,      // image x range of pixels of x; none where x can be read as it lies
   kDepthwise,  // image x chunk of channels x band of rows
-  kGate,       // image
+  kGate,       // image; none without a gate
   kProject,    // image x share of the output channels x range of pixels
 };
+
+// In the order in which they follow each other, where they are shared out.
+constexpr MbconvPhase kSharedPhases[] = {MbconvPhase::kStage, MbconvPhase::kDepthwise, MbconvPhase::kGate,
+                                         MbconvPhase::kProject};
 
 #define EFFK_DECLARE(isa)                                                                                          \
   namespace isa {                                                                                                  \

@@ -252,8 +252,11 @@ void run_backward(const PointwiseBackwardParams& p, int64_t unit, void* scratch)
     const C* gate = p.gate ? static_cast<const C*>(p.gate) + n * channels : nullptr;
     C* sums = p.sums ? static_cast<C*>(p.sums) + tile * 3 * channels : nullptr;
     const Tile<C> dy = gradient_tile<T>(p, n, first, pixels, dy_buffer, layout.dy_stride, y_buffer);
-    const Rows<C> left = Product<T>::left({dy.data, dy.stride, 1, outputs}, pixels, nullptr, left_buffer);
-    const Rows<C> transposed = Product<T>::left({dy.data, 1, dy.stride, pixels}, outputs, nullptr, transposed_buffer);
+    // No rows are made that nobody multiplies.
+    const Rows<C> left = Product<T>::left({dy.data, dy.stride, 1, outputs}, p.grad_gated.data ? pixels : 0, nullptr,
+                                          left_buffer);
+    const Rows<C> transposed = Product<T>::left({dy.data, 1, dy.stride, pixels}, p.need_weight ? outputs : 0, nullptr,
+                                                transposed_buffer);
     for (int64_t i = first_panel; i < end_panel; ++i) {
       const int64_t c = panels.begin(i) * V, here = min64(panels.vectors(i) * V, channels - c);
       const int vectors = panels.vectors(i);

@@ -15,13 +15,16 @@ static std::vector<Buffer> mbconv(MbconvParams p, const MbconvWeights& weights, 
   p.y = y.data();
   const auto run = EFFK_CPU_FUNCTION(mbconv_run);
   const auto units = EFFK_CPU_FUNCTION(mbconv_units);
-  for (MbconvPhase phase : {MbconvPhase::kWhole, MbconvPhase::kStage, MbconvPhase::kDepthwise, MbconvPhase::kGate,
-                            MbconvPhase::kProject}) {
-    if (whole != (phase == MbconvPhase::kWhole) || (phase == MbconvPhase::kGate && p.squeezed == 0)) continue;
+  const auto phase = [&](MbconvPhase phase) {
     parallel_for(threads, units(p, phase), wide, p.scratch_size, [&](int64_t begin, int64_t end, void* scratch) {
       const Buffer own(wide, whole ? p.image_size : 0);
       run(p, phase, begin, end, whole ? own.data() : shared.data(), scratch);
     });
+  };
+  if (whole) {
+    phase(MbconvPhase::kWhole);
+  } else {
+    for (MbconvPhase shared_out : kSharedPhases) phase(shared_out);
   }
   return {y};
 }
