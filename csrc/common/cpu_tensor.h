@@ -54,9 +54,9 @@ inline void use_huge_pages(const Tensor& t) {
 inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, const int64_t* strides,
                             ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
   const Tensor t(handle);
   use_huge_pages(t);
   return t;

@@ -126,7 +126,7 @@ class BackwardVectors {
 // Of the tensor's device.
 inline Stream current_stream(const Tensor& on) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
   return static_cast<Stream>(stream);
 }
 

@@ -75,7 +75,9 @@ class BnApply(Case):
         channels = self.shape[1]
         mean, var, gamma, beta, eps, act = self.norm.make(channels, self.dtype)
         if self.values == "limits":
-            mean, var, gamma, beta, eps = torch.zeros_like(mean), torch.ones_like(var), None, None, 0.0
+            # Of var + eps = 1; some releases of PyTorch refuse an eps of 0.
+            eps = torch.finfo(torch.float64).tiny
+            mean, var, gamma, beta = torch.zeros_like(mean), torch.ones_like(var), None, None
         if self.values == "denormal":
             mean, gamma, beta = torch.zeros_like(mean), gamma * huge(self.dtype), torch.zeros_like(beta)
         if self.strided_vectors:
