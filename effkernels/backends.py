@@ -6,7 +6,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from effkernels import _native, verify
 PREFERENCE = ("cpp", "cuda", "triton", "eager")
 VERIFIED = ("cuda", "triton")  # by `verify`, before `auto` takes them: the code may be older than the GPU
 NAMES = ("auto", *PREFERENCE)
+NO_KERNELS = "it has no kernels for this op"
 DTYPES = {
     "cpp": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -67,18 +68,19 @@ def why_not(backend: str, x: Tensor) -> str | None:
     return None
 
 
-def takes(backend: str, x: Tensor) -> bool:
-    """Whether `choose` takes `backend` for an op on `x` that has kernels for it."""
-    if _requested != "auto":
-        return _requested == backend
-    return _first_that_can(x)[0] == backend
+def takes(op: Collection[str], x: Tensor) -> bool:
+    """Whether `choose` takes one of `op`, the backends that have kernels for an op, on `x`."""
+    backend = _requested if _requested != "auto" else _first_that_can(x, op)[0]
+    return backend in op
 
 
-def _first_that_can(x: Tensor) -> tuple[str, dict[str, str]]:
-    """What `auto` takes, and why not those that it prefers."""
+def _first_that_can(x: Tensor, op: Collection[str] = PREFERENCE) -> tuple[str, dict[str, str]]:
+    """What `auto` takes for an op with kernels of the backends `op`, and why not those that it prefers."""
     refused: dict[str, str] = {}
     for backend in PREFERENCE:
         reason = why_not(backend, x)
+        if reason is None and backend not in (*op, "eager"):
+            reason = NO_KERNELS
         if reason is None and backend in VERIFIED:
             reason = verify.why_not(backend, str(x.device), torch.compiler.is_compiling())
         if reason is None:
@@ -87,21 +89,25 @@ def _first_that_can(x: Tensor) -> tuple[str, dict[str, str]]:
     return backend, refused
 
 
-def choose(op: str, x: Tensor, obstacle: object = None) -> str:
+def choose(op: str, x: Tensor, obstacle: object = None, among: Collection[str] = PREFERENCE) -> str:
     """The backend that runs `op` on `x`: `eager` if there is an `obstacle`, a reason that holds for every kernel.
 
-    Raises RuntimeError if the backend that `use_backend` asked for cannot run.
+    Kernels for it are `among` these backends.
+
+    Raises RuntimeError if the backend that `use_backend` asked for cannot run it.
     """
     refused: dict[str, str] = {}
     if obstacle is not None:
         backend = "eager"
     elif _requested != "auto":
         reason = why_not(_requested, x)
+        if reason is None and _requested not in (*among, "eager"):
+            reason = NO_KERNELS
         if reason is not None:
             raise RuntimeError(f"effkernels.{op}: backend {_requested!r} cannot run: {reason}")
         backend = _requested
     else:
-        backend, refused = _first_that_can(x)
+        backend, refused = _first_that_can(x, among)
         if backend == "eager" and not torch.compiler.is_compiling():
             _warn_slow(x, refused)
     if _decisions is not None:

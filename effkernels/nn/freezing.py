@@ -25,7 +25,7 @@ def freeze(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: it has nothing to freeze, or a block that uses batch statistics.
+        ValueError: it has nothing to freeze, or a block that uses batch statistics or is not on the CPU.
     """
     _check("freeze", model)
     count = 0
@@ -38,9 +38,14 @@ def freeze(model: Model) -> Model:
             continue
         if not isinstance(found, Block | Layer):
             continue
-        layers = [found] if isinstance(found, Layer) else found.layers()
+        layers = [found] if isinstance(found, Layer) else list(found.layers())
         if any(parts.uses_batch_statistics(layer.bn) for layer in layers):
             raise ValueError(f"freeze: {name or 'the model'} uses batch statistics; call eval() first")
+        device = layers[0].conv.weight.device
+        if device.type != "cpu":
+            raise ValueError(
+                f"freeze: {name or 'the model'} must be on the CPU, got {device}; effkernels.graph is for a GPU"
+            )
         run = packed(found)
         if run is not None:
             module.__dict__["_frozen"] = Frozen(run, [*module.parameters(), *module.buffers()])

@@ -78,7 +78,7 @@ class Frozen:
             raise RuntimeError(f"a frozen {type(module).__qualname__} {what}; call effkernels.unfreeze first")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a frozen block has no gradient; call effkernels.unfreeze first")
-        if not backends.takes("cpp", x):
+        if not backends.takes(["cpp"], x):
             reason = backends.why_not("cpp", x) or "use_backend asked for another"
             raise RuntimeError(f"a frozen block runs on backend 'cpp' only: {reason}")
 
@@ -103,15 +103,15 @@ class FusedSE(Fused):
 
 def run_block(block: Block, x: Tensor, memory: str) -> Tensor:
     inference = _is_inference(block.layers(), block.se, x)
-    trains = not inference and x.shape[0] > 0 and any(backends.takes(b, x) for b in MBCONV.overloads)
+    trains = not inference and x.shape[0] > 0 and backends.takes(MBCONV.overloads, x)
     if trains and _is_mbconv(block):
         return _train_mbconv(block, x, memory)
     if trains and block.depthwise is None and block.project is not None:
         return _train_fused_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
-    if inference and _is_mbconv(block) and any(backends.takes(b, x) for b in MBCONV_INFERENCE.overloads):
+    if inference and _is_mbconv(block) and backends.takes(MBCONV_INFERENCE.overloads, x):
         return _run_whole(block, x)
-    if inference and se is None and backends.takes("cpp", x) and _all_dense(block, x.dtype):
+    if inference and se is None and backends.takes(["cpp"], x) and _all_dense(block, x.dtype):
         return _run_dense(block, x)
     y, pooled = x, None
     if inference and expand is not None and depthwise is not None:
@@ -268,7 +268,7 @@ def _image_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def run_conv(layer: Layer, x: Tensor) -> Tensor:
-    if _is_inference([layer], None, x) and backends.takes("cpp", x) and is_dense(layer, x.dtype):
+    if _is_inference([layer], None, x) and backends.takes(["cpp"], x) and is_dense(layer, x.dtype):
         return conv_bn_act(x, _convolution(layer), **_window(layer))
     return _run_conv(layer, x)
 

@@ -1,4 +1,7 @@
-"""Every backend that can run on the CPU; `kernels` are those that fuse."""
+"""Every backend that can run here; `kernels` are those that fuse.
+
+Those of the GPU get tensors there: whatever a test makes while one is in use is made on its device.
+"""
 
 import pytest
 import torch
@@ -6,25 +9,29 @@ import torch
 import effkernels
 from effkernels import backends
 
-KERNELS = [name for name in backends.PREFERENCE if "cpu" in backends.DEVICES.get(name, ())]
+CPU = ["cpp", "triton"] if "cpu" in backends.DEVICES["triton"] else ["cpp"]
+GPU = [pytest.param(name, id=f"{name} on a GPU", marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+KERNELS = [*CPU, *GPU]
 
 
-def _use(name):
-    reason = backends.why_not(name, torch.empty(1))
+def _use(request):
+    name = request.param
+    device = "cuda" if request.node.get_closest_marker("gpu") else "cpu"
+    reason = backends.why_not(name, torch.empty(1, device=device))
     if reason is not None:
         pytest.skip(f"{name} {reason}")
-    with effkernels.use_backend(name):
+    with torch.device(device), effkernels.use_backend(name):
         yield name
 
 
 @pytest.fixture(params=KERNELS)
 def kernels(request):
-    yield from _use(request.param)
+    yield from _use(request)
 
 
 @pytest.fixture(params=[*KERNELS, "eager"])
 def backend(request):
-    yield from _use(request.param)
+    yield from _use(request)
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +41,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """Of eager convolutions on a GPU, which would round to TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield

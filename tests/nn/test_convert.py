@@ -31,26 +31,27 @@ def network(request):
 
 def assert_converted_is_as_close(network, run, training):
     model, images, expected = network
-    model.train(training)
-    if (run, training) not in expected:
-        expected[run, training] = (
+    device = torch.get_default_device()
+    model, images = copy.deepcopy(model).train(training).to(device), [x.to(device) for x in images]
+    if (run, training, device) not in expected:
+        expected[run, training, device] = (
             run(copy.deepcopy(model), images),
             run(copy.deepcopy(model).double(), [x.double() for x in images]),
         )
-    got = run(effkernels.convert(copy.deepcopy(model)), images)
-    assert_outcomes_close(got, *expected[run, training])
+    got = run(effkernels.convert(model), images)
+    assert_outcomes_close(got, *expected[run, training, device])
 
 
-def test_inference(network, kernels):
+def test_inference(kernels, network):
     assert_converted_is_as_close(network, inference, training=False)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_forward_backward(network, training, kernels):
+def test_forward_backward(kernels, network, training):
     assert_converted_is_as_close(network, forward_backward, training)
 
 
-def test_three_sgd_steps(network, kernels):
+def test_three_sgd_steps(kernels, network):
     assert_converted_is_as_close(network, three_sgd_steps, training=True)
 
 
@@ -67,11 +68,11 @@ def test_eager_backend_gives_the_same_bits(network, training):
             assert torch.equal(converted(x), expected)
 
 
-def test_every_block_is_fused(network, kernels):
+def test_every_block_is_fused(kernels, network):
     model, images, _ = network
-    converted = effkernels.convert(copy.deepcopy(model))
+    converted = effkernels.convert(copy.deepcopy(model)).to(torch.get_default_device())
     with torch.no_grad(), backends.record_decisions() as decisions:
-        converted(images[0])
+        converted(images[0].to(torch.get_default_device()))
     assert {d.backend for d in decisions} == {kernels}
     report = effkernels.conversion_report(converted)
     assert len(report.fused) in (16, 18, 40, 42)  # with torchvision's stem and head
@@ -126,7 +127,7 @@ def _deepcopy(block, tmp_path):
 
 
 @pytest.mark.parametrize("duplicate", [_pickle, _save, _deepcopy])
-def test_copies_are_converted_too(block, duplicate, tmp_path, backend):
+def test_copies_are_converted_too(backend, block, duplicate, tmp_path):
     original, x = effkernels.convert(block[0]), block[1]
     twin = duplicate(original, tmp_path)
     assert [type(m) for m in twin.modules()] == [type(m) for m in original.modules()]
@@ -151,7 +152,7 @@ def test_import_leaves_the_libraries_alone():
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""
 
 
-def test_state_dict_moves_between_original_and_converted(block, backend):
+def test_state_dict_moves_between_original_and_converted(backend, block):
     original, x = block
     converted = effkernels.convert(copy.deepcopy(original))
     buffer = io.BytesIO()
@@ -164,7 +165,7 @@ def test_state_dict_moves_between_original_and_converted(block, backend):
     original.load_state_dict(converted.state_dict())
 
 
-def test_hooks_on_the_block_itself(block, kernels):
+def test_hooks_on_the_block_itself(kernels, block):
     original, x = block
     calls = []
     original.register_forward_hook(lambda module, args, output: calls.append("before") or output + 1)
@@ -184,7 +185,7 @@ def test_hooks_on_every_block_keep_the_network_fused(network):
     assert effkernels.conversion_report(model).fused == fused
 
 
-def test_hooks_on_drop_path_keep_the_block_fused(block, kernels):
+def test_hooks_on_drop_path_keep_the_block_fused(kernels, block):
     original, x = block
     converted = effkernels.convert(original)
     seen = []
@@ -196,7 +197,7 @@ def test_hooks_on_drop_path_keep_the_block_fused(block, kernels):
     assert decisions[0].backend == kernels
 
 
-def test_distributed_data_parallel(block, tmp_path, kernels):
+def test_distributed_data_parallel(kernels, block, tmp_path):
     original, x = block
     converted = effkernels.convert(copy.deepcopy(original))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -318,7 +319,7 @@ REASONS = {
 
 @pytest.mark.parametrize("first", ["alter", "convert"])
 @pytest.mark.parametrize("alter", REASONS, ids=operator.attrgetter("__name__"))
-def test_an_altered_block_runs_as_its_own_forward_says(block, alter, first, kernels):
+def test_an_altered_block_runs_as_its_own_forward_says(kernels, block, alter, first):
     original, x = block
     converted = copy.deepcopy(original)
     alter(original)
@@ -339,7 +340,7 @@ def test_an_altered_block_runs_as_its_own_forward_says(block, alter, first, kern
     assert REASONS[alter] in str(effkernels.conversion_report(converted))
 
 
-def test_a_removed_hook_fuses_again(block, kernels):
+def test_a_removed_hook_fuses_again(kernels, block):
     converted, x = effkernels.convert(block[0]), block[1]
     handle = _depthwise(converted)[0].register_forward_hook(lambda *args: None)
     assert effkernels.conversion_report(converted).altered
@@ -350,7 +351,7 @@ def test_a_removed_hook_fuses_again(block, kernels):
     assert effkernels.conversion_report(converted).fused
 
 
-def test_global_hooks_see_every_module(block, kernels):
+def test_global_hooks_see_every_module(kernels, block):
     converted, x = effkernels.convert(block[0]), block[1]
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
@@ -361,7 +362,7 @@ def test_global_hooks_see_every_module(block, kernels):
     assert seen.count(nn.Conv2d) == 5
 
 
-def test_a_block_with_a_forward_of_its_own(block, kernels):
+def test_a_block_with_a_forward_of_its_own(kernels, block):
     converted, x = effkernels.convert(block[0]), block[1]
     converted.forward = lambda x: x + 1
     assert torch.equal(converted(x), x + 1)
@@ -387,7 +388,7 @@ def test_a_subclass_is_left_alone():
 
 
 @pytest.mark.parametrize("name", ["efficientnet_cc_b0_4e", "mixnet_s", "mobilenetv3_small_050", "tf_efficientnet_b0"])
-def test_other_models_of_timm(name, backend):
+def test_other_models_of_timm(backend, name):
     model = zoo.timm().create_model(name)
     x = torch.randn(2, 3, 65, 65)
     model = zoo.calibrated(model, x).eval()
@@ -407,7 +408,7 @@ def test_squeeze_excite_of_other_torchvision_models(kernels):
     }
 
 
-def test_minimal_memory(block, kernels):
+def test_minimal_memory(kernels, block):
     original, x = block
     converted = effkernels.convert(copy.deepcopy(original), memory="minimal").train()
     assert copy.deepcopy(effkernels.convert(converted)).memory == "minimal"
@@ -436,10 +437,10 @@ def test_not_converted_yet(block):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast_keeps_the_dtype(block, training, backend):
+def test_autocast_keeps_the_dtype(backend, block, training):
     original, x = block
     converted = effkernels.convert(copy.deepcopy(original)).train(training)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         torch.manual_seed(0)
         expected = original.train(training)(x)
         torch.manual_seed(0)
@@ -448,7 +449,7 @@ def test_autocast_keeps_the_dtype(block, training, backend):
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.1)
 
 
-def test_torch_compile_with_a_dynamic_batch(block, kernels):
+def test_torch_compile_with_a_dynamic_batch(kernels, block):
     converted = effkernels.convert(block[0])
     torch._dynamo.reset()
     compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")

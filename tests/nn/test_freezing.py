@@ -68,6 +68,8 @@ def test_what_cannot_be_frozen():
         effkernels.freeze(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="0 uses batch statistics"):
         effkernels.freeze(network()[0].train())
+    with pytest.raises(ValueError, match=r"0 must be on the CPU, got meta; effkernels.graph is for a GPU"):
+        effkernels.freeze(network()[0].to("meta"))
 
 
 def test_compile_and_export():

@@ -50,21 +50,21 @@ def module(request):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_forward_backward_is_as_exact_as_eager(module, training, kernels):
+def test_forward_backward_is_as_exact_as_eager(kernels, module, training):
     assert_as_close_as_eager(forward_backward, module.train(training), inputs())
 
 
-def test_inference_is_as_exact_as_eager(module, kernels):
+def test_inference_is_as_exact_as_eager(kernels, module):
     assert_as_close_as_eager(inference, module.eval(), inputs())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_inference_in_16_bits_is_as_exact_as_eager(dtype, kernels):
+def test_inference_in_16_bits_is_as_exact_as_eager(kernels, dtype):
     module = calibrated(MBConv(16, 24, stride=2)).eval().to(dtype)
     assert_as_close_as_eager(inference, module, [x.to(dtype) for x in inputs()])
 
 
-def test_channels_last_is_kept(module, backend):
+def test_channels_last_is_kept(backend, module):
     x = inputs(1, size=(12, 12))[0].to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert module.eval()(x).is_contiguous(memory_format=torch.channels_last)
@@ -89,7 +89,7 @@ def test_frozen_weights_need_no_grad_mode(kernels):
 
 
 @pytest.mark.parametrize("frozen", [("expand",), ("depthwise",), ("project",), ("expand", "depthwise")])
-def test_batch_norms_frozen_one_by_one(frozen, kernels):
+def test_batch_norms_frozen_one_by_one(kernels, frozen):
     module = calibrated(MBConv(16, 16))
     for name in frozen:
         module.get_submodule(name).bn.eval()
@@ -98,7 +98,7 @@ def test_batch_norms_frozen_one_by_one(frozen, kernels):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=str)
-def test_batch_norm_options(options, training, kernels):
+def test_batch_norm_options(kernels, options, training):
     module = MBConv(16, 16)
     for layer in (module.expand, module.depthwise, module.project):
         layer.bn = nn.BatchNorm2d(layer.bn.num_features, **options)
@@ -140,10 +140,10 @@ def test_a_changed_weight_changes_the_next_output(backend):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(training, backend):
+def test_autocast(backend, training):
     module, x = MBConv(16, 16).train(training), inputs(1)[0]
     eager = copy.deepcopy(module)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got = module(x)
         with effkernels.use_backend("eager"):
             expected = eager(x)
@@ -212,7 +212,7 @@ def _geometry(block):
 
 
 @pytest.mark.parametrize("alter", [_hook, _parametrise, _replace, _activation, _geometry])
-def test_an_altered_block_runs_as_its_children_say(alter, kernels):
+def test_an_altered_block_runs_as_its_children_say(kernels, alter):
     module, x = MBConv(16, 16).eval(), inputs(1)[0]
     alter(module)
     with torch.no_grad(), backends.record_decisions() as decisions:

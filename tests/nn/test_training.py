@@ -30,16 +30,16 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_grad_scaler(dtype, kernels):
+def test_autocast_and_grad_scaler(kernels, dtype):
     """Scaled gradients are unscaled, a step with an overflow is skipped, and training goes on."""
     model, x = network(), images()
     outcomes = {}
     for backend, wide in ((kernels, False), ("eager", False), ("eager", True)):
         twin = copy.deepcopy(model).to(torch.float64 if wide else torch.float32)
         optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=100)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**6, growth_interval=100)
         torch.manual_seed(0)
-        with effkernels.use_backend(backend), torch.autocast("cpu", dtype, enabled=not wide):
+        with effkernels.use_backend(backend), torch.autocast(torch.get_default_device().type, dtype, enabled=not wide):
             loss = twin(x.double() if wide else x).square().mean()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -59,7 +59,7 @@ def test_autocast_and_grad_scaler(dtype, kernels):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoints(use_reentrant, kernels):
+def test_checkpoints(kernels, use_reentrant):
     """The same gradients to the bit from activations computed again, which update running statistics again."""
     model, x = network(), images().requires_grad_()
     plain, kept = copy.deepcopy(model), copy.deepcopy(model)
@@ -93,7 +93,7 @@ def test_gradients_accumulate(kernels):
 
 
 @pytest.mark.parametrize("block", [MBConv, FusedMBConv])
-def test_a_block_used_twice(block, kernels):
+def test_a_block_used_twice(kernels, block):
     module, x = block(8, 8), images().double()
     results = []
     for backend in (kernels, "eager"):
@@ -121,7 +121,7 @@ ONLY = {
 
 
 @pytest.mark.parametrize("name", ONLY)
-def test_nothing_is_computed_for_frozen_parameters(name, kernels, monkeypatch):
+def test_nothing_is_computed_for_frozen_parameters(kernels, name, monkeypatch):
     module, x = MBConv(8, 8).requires_grad_(False), images()
     parameter = module.get_parameter(name).requires_grad_()
     y = module(x)

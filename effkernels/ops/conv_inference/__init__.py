@@ -76,7 +76,7 @@ def conv_bn_act(
     if shortcut is not None:
         _checks.shaped(_NAME, "shortcut", shortcut, [x.shape[0], out, *window[-2:]], x)
         _checks.same_dtype(_NAME, "shortcut", shortcut, "x", x)
-    backend = backends.choose(_NAME, x)
+    backend = backends.choose(_NAME, x, among=op.CONV_INFERENCE.overloads)
     if backend == "eager":
         _, top, left, out_h, out_w = window
         bottom = extra_padding(x.shape[2], out_h, top, kh, stride)
@@ -84,8 +84,6 @@ def conv_bn_act(
         z = F.conv2d(F.pad(x, (0, right, 0, bottom)), weight, None, stride, (top, left))
         z = F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         return activate(z, act) if shortcut is None else activate(z, act) + shortcut
-    if backend not in op.CONV_INFERENCE.overloads:
-        raise RuntimeError(f"{_NAME}: backend {backend!r} has no kernel for a dense convolution")
     y: Tensor = op.CONV_INFERENCE(backend, x, weight, *norm[:5], shortcut, act, *window)
     return y
 

@@ -94,11 +94,9 @@ def mbconv_inference(
     output = [project.weight.shape[0], *window[3:]]
     if residual and output != list(x.shape[1:]):
         raise ValueError(f"{_NAME}: residual needs an output of the shape of x, {list(x.shape[1:])}, got {output}")
-    backend = backends.choose(_NAME, x)
+    backend = backends.choose(_NAME, x, among=op.MBCONV_INFERENCE.overloads)
     if backend == "eager":
         return reference.mbconv_inference(x, expand, depthwise, gate, project, window, residual)
-    if backend not in op.MBCONV_INFERENCE.overloads:
-        raise RuntimeError(f"{_NAME}: backend {backend!r} has no kernel for a whole block")
     y: Tensor = op.MBCONV_INFERENCE(backend, x, *block, *window, residual)
     return y
 
