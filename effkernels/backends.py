@@ -6,7 +6,7 @@
 
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,9 @@ from effkernels import _native, verify
 PREFERENCE = ("cpp", "cuda", "triton", "eager")
 VERIFIED = ("cuda", "triton")  # by `verify`, before `auto` takes them: the code may be older than the GPU
 NAMES = ("auto", *PREFERENCE)
+# What an op runs on each backend that has it: kernels of that backend, and maybe of others too. As `Op.kernels`.
+Kernels = Mapping[str, Sequence[str]]
+OWN: Kernels = {name: (name,) for name in PREFERENCE}
 NO_KERNELS = "it has no kernels for this op"
 DTYPES = {
     "cpp": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -40,15 +43,16 @@ class Decision:
 
     op: str
     backend: str
+    kernels: Sequence[str]  # of these backends
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     rejected: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
+        shape, kernels = "x".join(map(str, self.shape)), ", ".join(self.kernels)
         why = "".join(f"\n    not {name}: {reason}" for name, reason in self.rejected.items())
-        return f"{self.op} {shape} {str(self.dtype).removeprefix('torch.')} on {self.device}: {self.backend}{why}"
+        return f"{self.op} {shape} {str(self.dtype).removeprefix('torch.')} on {self.device}: {kernels}{why}"
 
 
 _decisions: list[Decision] | None = None
@@ -68,31 +72,41 @@ def why_not(backend: str, x: Tensor) -> str | None:
     return None
 
 
-def takes(op: Collection[str], x: Tensor) -> bool:
-    """Whether `choose` takes one of `op`, the backends that have kernels for an op, on `x`."""
-    backend = _requested if _requested != "auto" else _first_that_can(x, op)[0]
-    return backend in op
+def takes(op: Kernels, x: Tensor) -> bool:
+    """Whether `choose` takes a backend that has the op of these kernels, on `x`."""
+    if _requested != "auto":
+        return _requested in op and _why_not(_requested, x, op) is None
+    return _first_that_can(x, op)[0] in op
 
 
-def _first_that_can(x: Tensor, op: Collection[str] = PREFERENCE) -> tuple[str, dict[str, str]]:
-    """What `auto` takes for an op with kernels of the backends `op`, and why not those that it prefers."""
+def _why_not(backend: str, x: Tensor, op: Kernels, verified: bool = False) -> str | None:
+    """The reason why `backend` cannot run the op of these kernels on `x`; if they must be `verified`, also of that."""
+    if backend not in op:
+        return why_not(backend, x) or (None if backend == "eager" else NO_KERNELS)
+    for owner in op[backend]:
+        reason = why_not(owner, x)
+        if reason is None and verified and owner in VERIFIED:
+            reason = verify.why_not(owner, str(x.device), torch.compiler.is_compiling())
+        if reason is not None:
+            return reason if owner == backend else f"it runs kernels of {owner} too: {reason}"
+    return None
+
+
+def _first_that_can(x: Tensor, op: Kernels) -> tuple[str, dict[str, str]]:
+    """What `auto` takes for the op of these kernels, and why not those that it prefers."""
     refused: dict[str, str] = {}
     for backend in PREFERENCE:
-        reason = why_not(backend, x)
-        if reason is None and backend not in (*op, "eager"):
-            reason = NO_KERNELS
-        if reason is None and backend in VERIFIED:
-            reason = verify.why_not(backend, str(x.device), torch.compiler.is_compiling())
+        reason = _why_not(backend, x, op, verified=True)
         if reason is None:
             break
         refused[backend] = reason
     return backend, refused
 
 
-def choose(op: str, x: Tensor, obstacle: object = None, among: Collection[str] = PREFERENCE) -> str:
+def choose(op: str, x: Tensor, obstacle: object = None, among: Kernels = OWN) -> str:
     """The backend that runs `op` on `x`: `eager` if there is an `obstacle`, a reason that holds for every kernel.
 
-    Kernels for it are `among` these backends.
+    It is `among` those that have the op.
 
     Raises RuntimeError if the backend that `use_backend` asked for cannot run it.
     """
@@ -100,9 +114,7 @@ def choose(op: str, x: Tensor, obstacle: object = None, among: Collection[str] =
     if obstacle is not None:
         backend = "eager"
     elif _requested != "auto":
-        reason = why_not(_requested, x)
-        if reason is None and _requested not in (*among, "eager"):
-            reason = NO_KERNELS
+        reason = _why_not(_requested, x, among)
         if reason is not None:
             raise RuntimeError(f"effkernels.{op}: backend {_requested!r} cannot run: {reason}")
         backend = _requested
@@ -111,9 +123,11 @@ def choose(op: str, x: Tensor, obstacle: object = None, among: Collection[str] =
         if backend == "eager" and not torch.compiler.is_compiling():
             _warn_slow(x, refused)
     if _decisions is not None:
-        reasons = {name: obstacle or refused.get(name) or why_not(name, x) for name in PREFERENCE if name != backend}
+        others = [name for name in PREFERENCE if name != backend]
+        reasons = {name: obstacle or refused.get(name) or _why_not(name, x, among) for name in others}
         rejected = {name: str(reason) for name, reason in reasons.items() if reason is not None}
-        _decisions.append(Decision(op, backend, tuple(x.shape), x.dtype, x.device, rejected))
+        kernels = among.get(backend, (backend,))
+        _decisions.append(Decision(op, backend, kernels, tuple(x.shape), x.dtype, x.device, rejected))
     return backend
 
 

@@ -26,7 +26,13 @@ class Explanation:
         if not self.decisions:
             return "no effkernels op was called"
         calls = Counter(
-            (d.op, "x".join(map(str, d.shape)), str(d.dtype).removeprefix("torch."), str(d.device), d.backend)
+            (
+                d.op,
+                "x".join(map(str, d.shape)),
+                str(d.dtype).removeprefix("torch."),
+                str(d.device),
+                ", ".join(d.kernels),
+            )
             for d in self.decisions
         )
         rows = [(*call, f"{count} times" if count > 1 else "") for call, count in calls.items()]

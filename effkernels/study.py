@@ -19,7 +19,7 @@ from torch import nn
 from effkernels.models import Config, EfficientNet, multiply_adds
 from effkernels.models.configs import CONFIGS
 from effkernels.profile import Threads, require
-from effkernels.profiling import GPUS, Launch, Spread, Workload, as_on_gpu, gpu_backend, on_meta, record
+from effkernels.profiling import GPU_BACKEND, GPUS, Launch, Spread, Workload, as_on_gpu, on_meta, record
 from effkernels.profiling.gpus import GPU
 from effkernels.profiling.launches import DENSE, DEPTHWISE, POINTWISE
 from effkernels.profiling.report import EAGER, machine
@@ -190,7 +190,7 @@ def _modelled(
     train = direction == "training"
     for fused, model in models.items():
         names = _stages(model)
-        for implementation, backend in zip(IMPLEMENTATIONS, ("eager", gpu_backend(train)), strict=True):
+        for implementation, backend in zip(IMPLEMENTATIONS, ("eager", GPU_BACKEND), strict=True):
             with as_on_gpu():
                 launches, _ = record(on_meta(model, shape, GPU_DTYPE, train=train, backend=backend), names)
             for gpu in STUDIED.values():

@@ -15,6 +15,7 @@ from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
 from effkernels.ops._checks import autocast_dtype, autocasts
 from effkernels.ops.bn_project import Stage, bn_project
 from effkernels.ops.conv_inference import Convolution, conv_bn_act, pack_convolution
+from effkernels.ops.conv_inference.op import CONV_INFERENCE
 from effkernels.ops.dwconv import Norm, bn_act_dwconv_bn_act
 from effkernels.ops.mbconv.op import MBCONV
 from effkernels.ops.mbconv_inference import Gate, mbconv_inference, pack_block
@@ -78,7 +79,7 @@ class Frozen:
             raise RuntimeError(f"a frozen {type(module).__qualname__} {what}; call effkernels.unfreeze first")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a frozen block has no gradient; call effkernels.unfreeze first")
-        if not backends.takes(["cpp"], x):
+        if not backends.takes(CONV_INFERENCE.kernels, x):
             reason = backends.why_not("cpp", x) or "use_backend asked for another"
             raise RuntimeError(f"a frozen block runs on backend 'cpp' only: {reason}")
 
@@ -103,15 +104,15 @@ class FusedSE(Fused):
 
 def run_block(block: Block, x: Tensor, memory: str) -> Tensor:
     inference = _is_inference(block.layers(), block.se, x)
-    trains = not inference and x.shape[0] > 0 and backends.takes(MBCONV.overloads, x)
+    trains = not inference and x.shape[0] > 0 and backends.takes(MBCONV.kernels, x)
     if trains and _is_mbconv(block):
         return _train_mbconv(block, x, memory)
     if trains and block.depthwise is None and block.project is not None:
         return _train_fused_mbconv(block, x)
     expand, depthwise, se, project = block[:4]
-    if inference and _is_mbconv(block) and backends.takes(MBCONV_INFERENCE.overloads, x):
+    if inference and _is_mbconv(block) and backends.takes(MBCONV_INFERENCE.kernels, x):
         return _run_whole(block, x)
-    if inference and se is None and backends.takes(["cpp"], x) and _all_dense(block, x.dtype):
+    if inference and se is None and backends.takes(CONV_INFERENCE.kernels, x) and _all_dense(block, x.dtype):
         return _run_dense(block, x)
     y, pooled = x, None
     if inference and expand is not None and depthwise is not None:
@@ -268,7 +269,7 @@ def _image_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def run_conv(layer: Layer, x: Tensor) -> Tensor:
-    if _is_inference([layer], None, x) and backends.takes(["cpp"], x) and is_dense(layer, x.dtype):
+    if _is_inference([layer], None, x) and backends.takes(CONV_INFERENCE.kernels, x) and is_dense(layer, x.dtype):
         return conv_bn_act(x, _convolution(layer), **_window(layer))
     return _run_conv(layer, x)
 

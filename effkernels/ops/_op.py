@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 KERNEL_BACKENDS = ("cpp", "cuda", "triton")
+# A phase that a backend has no kernel for is its stand-in's, which runs on the same tensors.
+STAND_INS = {"cuda": "triton"}
 _library = torch.library.Library("effkernels", "DEF")
 
 # Of each fusion's overload, the Python function that calls its phases.
@@ -43,7 +45,8 @@ class Op:
 
     Every backend is an overload with the same schema, so that a traced graph says which kernel it runs. C++ registers
     its overloads when its library is loaded; Python ones are given to `implement`. Ops are functional. `backward` is
-    called as `backward(backend, ctx, *grads)`, `flops` and what `accesses` asks as the op itself.
+    called as `backward(backend, ctx, *grads)`, `flops` and what `accesses` asks as the op itself. A fusion with phases
+    that not every backend has a kernel for `borrows` those of the stand-ins.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Op:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         backends: Sequence[str] = KERNEL_BACKENDS,
+        borrows: bool = False,
         parts_read: Callable[..., dict[str, Sequence[int]]] = lambda *_: {},
         times_read: Callable[..., dict[str, int]] = lambda *_: {},
         scratch: Callable[..., dict[str, torch.Tensor]] = lambda *_: {},
@@ -68,6 +72,8 @@ class Op:
         self.flops = flops
         self._functions: dict[str, Callable[..., Any]] = {}
         self.overloads: dict[str, torch._ops.OpOverload] = {}
+        # Of each backend, those whose kernels it runs.
+        self.kernels = {b: (b, STAND_INS[b]) if borrows and b in STAND_INS else (b,) for b in backends}
         for backend in backends:
             qualified = f"effkernels::{name}.{backend}"
             _library.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -126,6 +132,8 @@ class Op:
         return {name: a.read + a.written for name, a in self.accesses(arguments, outputs).items()}
 
     def __call__(self, backend: str, *args: Any) -> Any:
+        if backend not in self.overloads:
+            backend = STAND_INS[backend]
         if torch.compiler.is_compiling():
             return self.overloads[backend](*args)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):

@@ -20,7 +20,7 @@ from effkernels.profiling.images import crops
 from effkernels.profiling.kernels import time_kernels
 from effkernels.profiling.launches import Launch, record
 from effkernels.profiling.memory import peak_bytes
-from effkernels.profiling.meta import as_on_gpu, gpu_backend, on_meta
+from effkernels.profiling.meta import GPU_BACKEND, as_on_gpu, on_meta
 from effkernels.profiling.report import EAGER, FUSED, Report, Run, machine
 from effkernels.profiling.saved import saved_bytes
 from effkernels.profiling.timing import OUTSIDE, STEP, TOTAL, Spread, Times, time_blocks
@@ -83,7 +83,7 @@ def model_on(gpu: GPU, request: Request) -> Report:
     ceilings, blocks = gpu.ceilings(request.dtype), request.networks.blocks
     runs = {}
     for name, network in request.networks.by_run.items():
-        backend = "eager" if name == EAGER else gpu_backend(request.train)
+        backend = "eager" if name == EAGER else GPU_BACKEND
         shape = (request.batch, 3, request.networks.size, request.networks.size)
         with as_on_gpu():
             workload = on_meta(network, shape, request.dtype, train=request.train, backend=backend)

@@ -11,6 +11,8 @@ from torch import nn
 from effkernels import _native, backends
 from effkernels.profiling.workload import Workload
 
+GPU_BACKEND = "cuda"  # what `auto` takes on a GPU where all is installed
+
 
 def on_meta(
     model: nn.Module, shape: Sequence[int], dtype: torch.dtype, *, train: bool = False, backend: str = "auto"
@@ -29,8 +31,3 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.dict(_native.MISSING, dict.fromkeys(gpu)),
     ):
         yield
-
-
-def gpu_backend(train: bool) -> str:
-    """Of the blocks: C++ runs them in inference, Triton in training."""
-    return "triton" if train else "cuda"

@@ -37,8 +37,8 @@ MEASURED = (
 MODELLED = (
     "All times are modelled, none is measured: a launch takes the longest of its bytes at the memory's bandwidth, its "
     "matrix products at the peak of the dtype, its depthwise convolutions at that of float32, all by the data sheet, "
-    f"and {1e6 * LAUNCH_SECONDS:g} \u00b5s, which is assumed. Left out are {LEFT_OUT}. effkernels runs C++/CUDA in "
-    "inference, Triton in training. "
+    f"and {1e6 * LAUNCH_SECONDS:g} \u00b5s, which is assumed. Left out are {LEFT_OUT}. effkernels runs C++/CUDA, in "
+    "training beside Triton. "
 )
 
 

@@ -4,14 +4,16 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from effkernels import backends, ops, use_backend
+from effkernels import MBConv, _native, backends, ops, use_backend
 from effkernels.ops._cases import assert_close_to_reference
+from effkernels.ops._op import COMPOSITIONS, OPS
 from effkernels.ops.bn_project import Stage
 from effkernels.ops.mbconv import Gate
 from effkernels.ops.mbconv.op import MBCONV
-from effkernels.profiling import count_bytes
+from effkernels.profiling import as_on_gpu, count_bytes, on_meta
 from effkernels.profiling.saved import saved_bytes
 
 f32, f64 = torch.float32, torch.float64
@@ -286,3 +288,37 @@ def test_bad_arguments(change, error, message):
     arguments = {**named, "x": x, **change}
     with pytest.raises(error, match="mbconv: .*" + message):
         ops.mbconv(arguments.pop("x"), *stages, **arguments)
+
+
+def test_phases_without_a_cuda_kernel_are_tritons():
+    called = set()
+
+    class Phases(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in COMPOSITIONS:
+                with self:
+                    return COMPOSITIONS[func](*args)
+            if func in OPS:
+                called.add(str(func).removeprefix("effkernels."))
+            return func(*args, **kwargs or {})
+
+    model = nn.Sequential(MBConv(4, 4, expand_ratio=2), MBConv(4, 8, expand_ratio=2))
+    with as_on_gpu(), Phases():
+        on_meta(model, (2, 4, 8, 8), f32, train=True, backend="cuda").run()
+    in_cuda = {"dwconv", "dwconv_backward", "bn_apply", "bn_backward_sums", "se_gate"}
+    in_triton = {"pointwise", "pointwise_backward", "bn_pool", "bn_residual", "se_gate_backward"}
+    assert called == {f"{name}.cuda" for name in in_cuda} | {f"{name}.triton" for name in in_triton}
+
+
+def test_auto_needs_triton_for_a_block_on_cuda(monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", ())
+    monkeypatch.setattr(backends, "_warned", {"meta"})
+    x = torch.empty(2, 3, 5, 4, device="meta")
+    with as_on_gpu(), use_backend("auto"):
+        assert backends.choose("mbconv", x, among=MBCONV.kernels) == "cuda"
+        monkeypatch.setitem(_native.MISSING, "triton", "triton is not installed")
+        with backends.record_decisions() as decisions:
+            assert backends.choose("mbconv", x, among=MBCONV.kernels) == "eager"
+            assert backends.choose("bn_act", x) == "cuda"
+            assert not backends.takes(MBCONV.kernels, x)
+    assert decisions[0].rejected["cuda"] == "it runs kernels of triton too: triton is not installed"

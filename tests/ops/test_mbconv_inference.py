@@ -85,7 +85,7 @@ def check(case: str, dtype: torch.dtype, layout: str) -> None:
         exact = ops.mbconv_inference(x.double(), *map(wide, parts), **window, residual=residual)
     assert_close_to_reference(got, eager, exact)
     assert got.stride() == empty_map(x, got.shape).stride()
-    if backends.takes(["cpp"], x):
+    if backends.takes(op.MBCONV_PACKED.kernels, x):
         assert torch.equal(pack_block(*parts, **window)(x, residual), got)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import effkernels
 from effkernels.models import multiply_adds
-from effkernels.profiling import GPUS, Ceilings, Launch, Workload, as_on_gpu, count_bytes, gpu_backend, on_meta, record
+from effkernels.profiling import GPU_BACKEND, GPUS, Ceilings, Launch, Workload, as_on_gpu, count_bytes, on_meta, record
 from effkernels.profiling.launches import Touch
 from effkernels.profiling.workload import BACKWARD, FORWARD
 
@@ -130,7 +130,7 @@ def test_a_block_is_three_launches_on_a_gpu_in_inference():
     blocks = [name for name, module in model.named_modules() if "MBConv" in type(module).__name__]
     assert len(blocks) == 16
     with as_on_gpu():
-        launches, _ = record(on_meta(model, (4, 3, 224, 224), torch.float16, backend=gpu_backend(False)), blocks)
+        launches, _ = record(on_meta(model, (4, 3, 224, 224), torch.float16, backend=GPU_BACKEND), blocks)
     ours = [launch for launch in launches if launch.block]
     assert {launch.op for launch in ours} == {"dwconv", "expand_dwconv", "se_gate", "pointwise_inference"}
     assert Counter(launch.block for launch in ours) == dict.fromkeys(blocks, 3)
@@ -138,10 +138,11 @@ def test_a_block_is_three_launches_on_a_gpu_in_inference():
     assert 60.6e6 * 0.95 <= sum(launch.bytes for launch in ours) <= 60.6e6
 
 
-def test_a_training_step_runs_in_triton_on_a_gpu():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_block_trains_as_one_op_on_a_gpu(backend):
     model = effkernels.convert(nn.Sequential(torchvision.models.efficientnet_b0().features[3]))
     with as_on_gpu():
-        workload = on_meta(model, (2, 24, 56, 56), torch.float16, train=True, backend=gpu_backend(True))
+        workload = on_meta(model, (2, 24, 56, 56), torch.float16, train=True, backend=backend)
         launches, peak = record(workload, ["0.0", "0.1"])
     ops = Counter((launch.op, launch.block, launch.phase) for launch in launches)
     for block in ("0.0", "0.1"):

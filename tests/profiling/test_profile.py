@@ -92,7 +92,7 @@ def test_modelled_for_a_gpu(tmp_path, train):
     assert "<b>modelled</b>" in (tmp_path / "index.html").read_text()
     assert report["ceilings, per second"]["source"] == "data sheet"
     fused = report["runs"]["effkernels"]
-    assert fused["backend"] == ("triton" if train else "cuda")
+    assert fused["backend"] == "cuda"
     assert fused["error"] is None and not fused["kernels"]
     # Of launches as small as these the assumed time of each is all that counts.
     first = fused["blocks"]["1"]

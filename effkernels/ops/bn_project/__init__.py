@@ -90,7 +90,7 @@ def bn_project(
     if residual is not None:
         _checks.same_dtype(_NAME, "residual", residual, "x", x)
 
-    backend = backends.choose(_NAME, x, among=op.BN_PROJECT.overloads)
+    backend = backends.choose(_NAME, x, among=op.BN_PROJECT.kernels)
     given = (process_group if training else None, project.process_group if project.training else None)
     groups = [group_name(_NAME, group, backend) for group in given]
     norm = (bn_weight, bn_bias, running_mean, running_var)

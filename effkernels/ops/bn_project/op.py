@@ -227,7 +227,7 @@ BN_PROJECT = Op(
     " Tensor w3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3,"
     " Tensor? scale, Tensor? residual, str[] groups, float[] eps, int[] acts)"
     " -> (Tensor y, Tensor p, Tensor stats2, Tensor stats3, Tensor pooled, Tensor gate)",
-    backends=("cpp", "triton"),
+    borrows=True,
     fake=_fake,
     setup_context=_setup_context,
     backward=backward_by_name(_INPUTS, _gradients),

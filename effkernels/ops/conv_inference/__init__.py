@@ -76,7 +76,7 @@ def conv_bn_act(
     if shortcut is not None:
         _checks.shaped(_NAME, "shortcut", shortcut, [x.shape[0], out, *window[-2:]], x)
         _checks.same_dtype(_NAME, "shortcut", shortcut, "x", x)
-    backend = backends.choose(_NAME, x, among=op.CONV_INFERENCE.overloads)
+    backend = backends.choose(_NAME, x, among=op.CONV_INFERENCE.kernels)
     if backend == "eager":
         _, top, left, out_h, out_w = window
         bottom = extra_padding(x.shape[2], out_h, top, kh, stride)

@@ -83,7 +83,7 @@ def mbconv(
         raise ValueError(f"{_NAME}: residual needs an output like x, {list(x.shape)}, got {[n, out, out_h, out_w]}")
     _checks.shaped(_NAME, "scale", scale, [n], x)
 
-    backend = backends.choose(_NAME, x, among=op.MBCONV.overloads)
+    backend = backends.choose(_NAME, x, among=op.MBCONV.kernels)
     stages = (expand, depthwise, project)
     groups = [group_name(_NAME, s.process_group if s and s.training else None, backend) for s in stages]
     if backend == "eager":

@@ -172,7 +172,7 @@ MBCONV = Op(
     " Tensor? scale, bool residual, bool keep, str[] groups, float[] eps, int[] acts, SymInt[] window)"
     " -> (Tensor y, Tensor e, Tensor d, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor pooled,"
     " Tensor gate)",
-    backends=("cpp", "triton"),
+    borrows=True,
     fake=_fake,
     setup_context=_setup_context,
     backward=backward_by_name(_INPUTS, _gradients),

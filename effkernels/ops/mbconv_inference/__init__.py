@@ -94,7 +94,7 @@ def mbconv_inference(
     output = [project.weight.shape[0], *window[3:]]
     if residual and output != list(x.shape[1:]):
         raise ValueError(f"{_NAME}: residual needs an output of the shape of x, {list(x.shape[1:])}, got {output}")
-    backend = backends.choose(_NAME, x, among=op.MBCONV_INFERENCE.overloads)
+    backend = backends.choose(_NAME, x, among=op.MBCONV_INFERENCE.kernels)
     if backend == "eager":
         return reference.mbconv_inference(x, expand, depthwise, gate, project, window, residual)
     y: Tensor = op.MBCONV_INFERENCE(backend, x, *block, *window, residual)
