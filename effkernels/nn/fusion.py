@@ -205,6 +205,7 @@ def _is_mbconv(block: Block) -> bool:
 def _train_mbconv(block: Block, x: Tensor, memory: str) -> Tensor:
     expand, depthwise, se, project = block[:4]
     assert depthwise is not None and project is not None
+    _count_batch(expand, depthwise, project)
 
     def branch(scale: Tensor | None, residual: bool) -> Tensor:
         return mbconv(
@@ -227,6 +228,7 @@ def _train_fused_mbconv(block: Block, x: Tensor) -> Tensor:
     expand, _, se, project = block[:4]
     assert expand is not None and project is not None
     e = expand.conv(x)
+    _count_batch(expand, project)
 
     def branch(scale: Tensor | None, residual: bool) -> Tensor:
         return bn_project(
@@ -276,6 +278,7 @@ def run_conv(layer: Layer, x: Tensor) -> Tensor:
 
 def _run_conv(layer: Layer, x: Tensor) -> Tensor:
     """A convolution of PyTorch's library, then BatchNorm and activation in one op."""
+    _count_batch(layer)
     return bn_act(layer.conv(x), **_norm(layer.bn), activation=layer.activation)
 
 
@@ -316,6 +319,7 @@ def _window(layer: Layer) -> dict[str, Any]:
 
 def run_depthwise(layer: Layer, x: Tensor, *, return_pooled: bool = False) -> Any:
     conv, bn, activation = layer
+    _count_batch(layer)
     return dwconv_bn_swish(
         x,
         conv.weight,
@@ -340,13 +344,25 @@ def run_se(se: SE, x: Tensor, pooled: Tensor | None = None) -> Tensor:
     )
 
 
+def _count_batch(*layers: Layer | None) -> None:
+    """What `nn.BatchNorm2d.forward` does first, of several in one launch."""
+    counts = [_batches(layer.bn) for layer in layers if layer is not None]
+    counted = [count for count in counts if count is not None]
+    if counted:
+        torch._foreach_add_(counted, 1)
+
+
+def _batches(bn: parts.BatchNorm) -> Tensor | None:
+    """How many batches a BatchNorm has seen, if it counts them now."""
+    return bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+
+
 def _norm(bn: parts.BatchNorm) -> dict[str, Any]:
-    """The BatchNorm arguments of an op, and the count of batches updated, as `nn.BatchNorm2d.forward` does both."""
+    """The BatchNorm arguments of an op, as `nn.BatchNorm2d.forward` has them after it has counted the batch."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    count = _batches(bn)
+    if bn.momentum is None and count is not None:
+        momentum = 1.0 / float(count)
     tracked = bn.track_running_stats or not bn.training
     return {
         "bn_weight": bn.weight,

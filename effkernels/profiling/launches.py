@@ -96,16 +96,17 @@ class Recorder(TorchDispatchMode):
         start = stamp(device)
         result = func(*args, **kwargs)
         end = stamp(device)
-        if _runs_nothing(func, (args, kwargs), result):
+        outputs = result if func._schema.returns else args[:1]  # a list altered in place
+        if _runs_nothing(func, (args, kwargs), outputs):
             return result
         if func in OPS:
             name, flops = OPS[func].name, OPS[func].flops(*args)
             accesses, kernels, kind = [*OPS[func].accesses(args, result).values()], 1, OPS[func].name
         else:
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            name, flops, kind = func._schema.name, _flops(func, given, result), _kind(func, given, result)
+            name, flops, kind = func._schema.name, _flops(func, given, outputs), _kind(func, given, outputs)
             times = _times_read(func, given)
-            accesses, kernels = [*_accesses(func, given, times, result)], max([1, *times.values()])
+            accesses, kernels = [*_accesses(func, given, times, outputs)], max([1, *times.values()])
         touches = tuple(self._touch(*access) for access in accesses)
         self.launches.append(Launch(name, kind, self._block_now(), self.phase, touches, flops, kernels, 0.0))
         self._marks.append((start, end))
@@ -248,7 +249,7 @@ def _kind(func: Any, given: dict[str, Any], result: Any) -> str:
         return SQUEEZE  # also where a gate or a mean meets the map
     if name.removesuffix("_").removesuffix("_backward") in _ACTIVATIONS:
         return ACTIVATION
-    return ELEMENTWISE if torch.Tag.pointwise in func.tags else OTHER
+    return ELEMENTWISE if torch.Tag.pointwise in func.tags or name.startswith("_foreach") else OTHER
 
 
 def _pixels(t: Tensor) -> int:

@@ -72,6 +72,11 @@ def test_views_cost_nothing_and_updates_in_place_a_read_and_a_write():
     assert count_bytes(lambda: torch.empty_like(x)) == count_bytes(lambda: x.new_empty(9)) == 0
 
 
+def test_lists_altered_in_place_are_read_and_written():
+    tensors = [torch.zeros(1000), torch.zeros(10)]
+    assert count_bytes(lambda: torch._foreach_add_(tensors, 1)) == 2 * 1010 * 4
+
+
 def test_the_peak_is_of_the_tensors_that_live_at_once():
     class Chain(nn.Module):
         def forward(self, x):
@@ -147,6 +152,8 @@ def test_a_block_trains_as_one_op_on_a_gpu(backend):
     ops = Counter((launch.op, launch.block, launch.phase) for launch in launches)
     for block in ("0.0", "0.1"):
         assert ops["dwconv", block, FORWARD] == ops["dwconv_backward", block, BACKWARD] == 1
+        # The three BatchNorms' counts of batches and running statistics.
+        assert [ops[f"aten::_foreach_{name}", block, FORWARD] for name in ("add_", "mul", "lerp_")] == [1, 1, 1]
     assert peak > 0
     assert all(p.device.type == "cpu" for p in model.parameters())
 

@@ -1,7 +1,8 @@
 """BatchNorm followed by an activation."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,25 +59,47 @@ def bn_act(
         return activate(F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps), act)
     y, stats = op.BN_ACT(backend, x, bn_weight, bn_bias, running_mean, running_var, training, group, eps, act)
     if training:
-        update_running_statistics(running_mean, running_var, stats, count, momentum)
+        update_running_statistics(Running(running_mean, running_var, stats, count, momentum))
     return y
 
 
-def update_running_statistics(
-    running_mean: Tensor | None, running_var: Tensor | None, stats: Tensor, count: int, momentum: float
-) -> None:
+class Running(NamedTuple):
+    """The running statistics of a BatchNorm, [C] or None, and those of a batch of so many `values` a channel."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    batch: Tensor
+    values: int
+    momentum: float
+
+
+def update_running_statistics(*norms: Running) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance.
 
-    Synchronised statistics bring a count of their own.
+    Synchronised statistics bring a count of their own. Several BatchNorms take as many launches as one.
     """
-    if running_mean is None or running_var is None:
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    batch_means: list[Tensor] = []
+    batch_variances: list[Tensor] = []
+    factors: list[float] = []
+    momenta: list[float] = []
+    for norm in norms:
+        mean, var, *of_all = norm.batch.detach().unbind()
+        if norm.mean is None or norm.var is None or (norm.values == 0 and not of_all):
+            continue
+        means.append(norm.mean)
+        variances.append(norm.var)
+        batch_means.append(mean)
+        batch_variances.append(var * (of_all[0] / (of_all[0] - 1)) if of_all else var)
+        factors.append(1.0 if of_all else norm.values / (norm.values - 1))
+        momenta.append(norm.momentum)
+    if not means:
         return
-    mean, var, *of_all = stats.detach()
-    if not of_all and count == 0:
-        return
-    total = of_all[0] if of_all else count
-    for running, batch in ((running_mean, mean), (running_var, var * (total / (total - 1)))):
-        if running.dtype == batch.dtype:
-            running.lerp_(batch, momentum)
-        else:  # which may not hold the batch's values, only their share
-            running.copy_(running.to(batch.dtype).lerp(batch, momentum))
+    running, batch = means + variances, batch_means + list(torch._foreach_mul(batch_variances, factors))
+    # Narrow ones may not hold the batch's values, only their share.
+    wide = [t if t.dtype == b.dtype else t.to(b.dtype) for t, b in zip(running, batch, strict=True)]
+    torch._foreach_lerp_(wide, batch, momenta * 2)
+    for t, updated in zip(running, wide, strict=True):
+        if t.dtype != updated.dtype:
+            t.copy_(updated)

@@ -8,7 +8,7 @@ from torch import Tensor
 from effkernels import backends
 from effkernels.ops import _checks
 from effkernels.ops._activation import ACTIVATIONS, GATES
-from effkernels.ops.batch_norm import update_running_statistics
+from effkernels.ops.batch_norm import Running, update_running_statistics
 from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.bn_project import op, reference
@@ -116,10 +116,11 @@ def bn_project(
         codes,
     )
     count = n * height * width
-    if training:
-        update_running_statistics(running_mean, running_var, stats2, count, momentum)
-    if project.training:
-        update_running_statistics(project.running_mean, project.running_var, stats3, count, project.momentum)
+    norms = (
+        (training, Running(running_mean, running_var, stats2, count, momentum)),
+        (project.training, Running(project.running_mean, project.running_var, stats3, count, project.momentum)),
+    )
+    update_running_statistics(*(norm for training, norm in norms if training))
     return y
 
 

@@ -10,7 +10,7 @@ from effkernels import backends
 from effkernels.ops import _checks
 from effkernels.ops._activation import ACTIVATIONS, activate
 from effkernels.ops._geometry import resolve_padding
-from effkernels.ops.batch_norm import update_running_statistics
+from effkernels.ops.batch_norm import Running, update_running_statistics
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.dwconv import op, reference
@@ -94,7 +94,7 @@ def dwconv_bn_swish(
             backend, x, weight, *norm, training, group, eps, *window, act, return_pooled
         )
         if training:
-            update_running_statistics(running_mean, running_var, stats, count, momentum)
+            update_running_statistics(Running(running_mean, running_var, stats, count, momentum))
     else:
         reduce = Reduce.MEAN if return_pooled else Reduce.NONE
         epilogue = (running_mean, running_var, bn_weight, bn_bias, eps, act)

@@ -6,7 +6,7 @@ from effkernels import backends
 from effkernels.ops import _checks
 from effkernels.ops._activation import ACTIVATIONS, GATES
 from effkernels.ops._geometry import resolve_padding
-from effkernels.ops.batch_norm import update_running_statistics
+from effkernels.ops.batch_norm import Running, update_running_statistics
 from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.bn_project import Stage, check_stage, matrices, stage_tensors
@@ -109,9 +109,13 @@ def mbconv(
         window,
     )
     counts = (n * x.shape[2] * x.shape[3], n * out_h * out_w, n * out_h * out_w)
-    for stage, stats, count in zip(stages, (stats1, stats2, stats3), counts, strict=True):
-        if stage is not None and stage.training:
-            update_running_statistics(stage.running_mean, stage.running_var, stats, count, stage.momentum)
+    update_running_statistics(
+        *(
+            Running(stage.running_mean, stage.running_var, stats, count, stage.momentum)
+            for stage, stats, count in zip(stages, (stats1, stats2, stats3), counts, strict=True)
+            if stage is not None and stage.training
+        )
+    )
     return y
 
 
