@@ -179,7 +179,7 @@ def _runs_nothing(func: Any, given: Any, result: Any) -> bool:
 
 
 # Of what is made anew, or overwritten, nothing is read.
-_OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.bernoulli_}
+_OVERWRITE = {aten.copy_, aten._foreach_copy_, aten.fill_, aten.zero_, aten.bernoulli_}
 _LIKE = re.compile("new_|.*_like$")
 
 

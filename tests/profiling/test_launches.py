@@ -158,6 +158,20 @@ def test_a_block_trains_as_one_op_on_a_gpu(backend):
     assert all(p.device.type == "cpu" for p in model.parameters())
 
 
+@pytest.mark.skipif(bool(effkernels._native.MISSING["cpp"]), reason="not built")
+def test_autocast_casts_the_weights_of_a_block_at_once():
+    """And leaves their gradients as wide as they are."""
+    block = effkernels.MBConv(8, 8, expand_ratio=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        workload = Workload(nn.Sequential(block), torch.randn(2, 8, 9, 10), train=True, backend="cpp")
+        launches, _ = record(workload, ["0"])
+    assert [launch.phase for launch in launches if launch.op == "aten::_foreach_copy_"] == [FORWARD, BACKWARD]
+    casts = [touch.shape for launch in launches if launch.op == "aten::_to_copy" for touch in launch.touches]
+    weights = [layer.conv.weight for layer in (block.expand, block.depthwise, block.project)]
+    assert not {w.shape for w in weights} & {*casts}
+    assert all((w.grad != w.grad.bfloat16()).any() for w in weights)
+
+
 def test_a_gpu_takes_the_longest_of_its_ceilings():
     touch = Touch(0, (75,), is_map=False, size=300, read=300, written=100)
     launch = Launch("op", "kind", "", FORWARD, (touch,), effkernels.ops._op.Flops(6000, 50), 2, 0.0)

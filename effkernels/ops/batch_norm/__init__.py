@@ -100,6 +100,5 @@ def update_running_statistics(*norms: Running) -> None:
     # Narrow ones may not hold the batch's values, only their share.
     wide = [t if t.dtype == b.dtype else t.to(b.dtype) for t, b in zip(running, batch, strict=True)]
     torch._foreach_lerp_(wide, batch, momenta * 2)
-    for t, updated in zip(running, wide, strict=True):
-        if t.dtype != updated.dtype:
-            t.copy_(updated)
+    if any(t.dtype != updated.dtype for t, updated in zip(running, wide, strict=True)):
+        torch._foreach_copy_(running, wide)

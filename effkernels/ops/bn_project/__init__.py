@@ -79,7 +79,7 @@ def bn_project(
     act = _checks.code(_NAME, "activation", activation, ACTIVATIONS)
     dtype = _checks.autocast_dtype(x)
     if dtype is not None:
-        x, project = x.to(dtype), project._replace(weight=project.weight.to(dtype))
+        x = x.to(dtype)  # and the op the weight
     check_stage(_NAME, "project", project, x, (out, hidden, 1, 1), x.shape)
     if project.activation != "identity":
         raise ValueError(f"{_NAME}: project must have no activation, got {project.activation!r}")
@@ -131,7 +131,8 @@ def matrices(gate: Gate) -> tuple[Tensor | None, ...]:
 
 def check_stage(op: str, name: str, stage: Stage, x: Tensor, shape: tuple[int, ...], output: Sequence[int]) -> None:
     _checks.shaped(op, f"{name}.weight", stage.weight, shape, x)
-    _checks.same_dtype(op, f"{name}.weight", stage.weight, "x", x)
+    if _checks.autocast_dtype(x) is None:
+        _checks.same_dtype(op, f"{name}.weight", stage.weight, "x", x)
     _checks.shaped(op, f"{name}.bias", stage.bias, shape[:1], x)
     _checks.batch_norm(f"{op}: {name}", x, shape[0], *stage[2:7])
     _checks.code(op, f"{name}.activation", stage.activation, ACTIVATIONS)

@@ -60,6 +60,17 @@ def reduction(mean: Tensor | None) -> Reduce:
     return Reduce.STATISTICS if mean is None else Reduce.NONE
 
 
+def cast(x: Tensor, *weights: Tensor | None) -> list[Any]:
+    """The weights in the dtype of x, which under autocast is not theirs: all by one launch."""
+    wide = [w for w in weights if w is not None and w.dtype != x.dtype]
+    if not wide:
+        return [*weights]
+    narrow = [torch.empty_like(w, dtype=x.dtype) for w in wide]
+    torch._foreach_copy_(narrow, wide)
+    made = iter(narrow)
+    return [w if w is None or w.dtype == x.dtype else next(made) for w in weights]
+
+
 def given(t: Tensor) -> Tensor | None:
     return t if t.numel() else None
 
@@ -153,6 +164,7 @@ def _forward(
     scale: Tensor | None, residual: Tensor | None, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     act2, se_act, gate_act = acts
+    (w3,) = cast(x, w3)
     stats2 = batch_statistics(backend, x, mean2, var2, groups[0])
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps[0], act2)
     y, p, stats3, pooled, gate = project(
@@ -200,6 +212,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     fixed2, fixed3 = ctx.fixed
     eps2, eps3 = ctx.eps
     gate = given(gate)
+    (w3,) = cast(x, w3)
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
     grad = grad.contiguous(memory_format=suggest_memory_format(p))
     grads, rest = project_backward(

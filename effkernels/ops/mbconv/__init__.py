@@ -61,9 +61,7 @@ def mbconv(
     check_memory(_NAME, memory)
     dtype = _checks.autocast_dtype(x)
     if dtype is not None:
-        x = x.to(dtype)
-        depthwise, project = (stage._replace(weight=stage.weight.to(dtype)) for stage in (depthwise, project))
-        expand = expand and expand._replace(weight=expand.weight.to(dtype))
+        x = x.to(dtype)  # and the op the weights, whose gradients are not rounded then
     (n, channels), hidden, out = x.shape[:2], depthwise.weight.shape[0], project.weight.shape[0]
     k = depthwise.weight.shape[-1]
     if k not in KERNEL_SIZES:

@@ -15,7 +15,7 @@ from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import Reduce, settled, statistics_dtype
 from effkernels.ops.batch_norm.synchronised import means_of_all
-from effkernels.ops.bn_project.op import backward_by_name, given, of_norm, project, project_backward, reduction
+from effkernels.ops.bn_project.op import backward_by_name, cast, given, of_norm, project, project_backward, reduction
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 
@@ -36,6 +36,7 @@ def _forward(
     act1, act2, se_act, gate_act = acts
     stride, *rest = window
     wide = statistics_dtype(x)
+    w1, w2, w3 = cast(x, w1, w2, w3)
 
     prologue: tuple[Any, ...] = NO_NORM
     if w1 is None:
@@ -112,6 +113,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     act1, act2, se_act, gate_act = ctx.acts
     fixed1, fixed2, fixed3 = ctx.fixed
     group1, group2, group3 = ctx.groups
+    w1, w2, w3 = cast(x, w1, w2, w3)
 
     for_e = need & {"x", "w1", "bias1", "gamma1", "beta1"}
     for_conv = for_e or need & {"w2"}
@@ -154,14 +156,14 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     return grads
 
 
-# y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where
-# gate = gate_act(v2 se_act(v1 q + c1) + c2) with q the mean over the map of act2(bn2(.)). w1 [M, C] or None: no expand;
-# v1 [R, M] or None: no gate; scale [N] or None; x is added if `residual`. A BatchNorm with a mean and a variance uses
-# them, one without uses batch statistics, those of all processes where its group has a name. groups, eps: of bn1, bn2,
-# bn3; acts: act1, act2, se_act, gate_act; window: stride, padding at the top and at the left, height and width of the
-# output. What backward reads is returned too: the raw convolution outputs e, d and p (e only to `keep` it; else it is
-# computed again), the statistics [2, channels] of each ([3, channels] of a group), `bn_pool`'s sums and the gate; what
-# there is not is empty.
+# y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where gate = gate_act(v2
+# se_act(v1 q + c1) + c2) with q the mean over the map of act2(bn2(.)). w1 [M, C] or None: no expand; v1 [R, M] or None:
+# no gate; w1, w2 and w3 are cast to the dtype of x; scale [N] or None; x is added if `residual`. A BatchNorm with a
+# mean and a variance uses them, one without uses batch statistics, those of all processes where its group has a name.
+# groups, eps: of bn1, bn2, bn3; acts: act1, act2, se_act, gate_act; window: stride, padding at the top and at the left,
+# height and width of the output. What backward reads is returned too: the raw convolution outputs e, d and p (e only to
+# `keep` it; else it is computed again), the statistics [2, channels] of each ([3, channels] of a group), `bn_pool`'s
+# sums and the gate; what there is not is empty.
 MBCONV = Op(
     "mbconv",
     "(Tensor x,"
