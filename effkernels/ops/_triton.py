@@ -220,9 +220,10 @@ def reduce_store(state, parts_ptr, part, channels, offs_c, mask, share, AXIS: tl
     ptrs = parts_ptr + part.to(tl.int64) * channels * len(state) + offs_c
     if REDUCE == STATISTICS:
         count, pivot, total, squares = state
-        common = tl.max(tl.where(count > 0, pivot, -float("inf")), AXIS, keep_dims=True)
-        pivot = tl.where(count > 0, pivot, common)
-        mean = total / tl.maximum(count, 1.0)
+        # Divided exactly: a plain division is off by some units in the last place, which the difference below enlarges.
+        mean = tl.div_rn(total, tl.maximum(count, 1.0))
+        # Offsets from about the mean of all are small, and so is their error.
+        common = sum_of_products(count, pivot + mean, AXIS) / tl.sum(count, AXIS, keep_dims=True)
         count, offset, m2 = chan_reduce(count, pivot - common + mean, squares - total * mean, AXIS)
         tl.store(ptrs, count, mask)
         tl.store(ptrs + channels, common, mask)
@@ -230,6 +231,28 @@ def reduce_store(state, parts_ptr, part, channels, offs_c, mask, share, AXIS: tl
         tl.store(ptrs + 3 * channels, m2, mask)
     elif REDUCE == MEAN:
         tl.store(ptrs, tl.sum(state[0], AXIS, keep_dims=True) * share, mask)
+
+
+@triton.jit
+def reduce_tile(y, mask_p, parts_ptr, part, channels, offs_c, mask, share, AXIS: tl.constexpr, REDUCE: tl.constexpr):
+    """Reduce one tile, as it was stored, over the pixels of `mask_p` along `AXIS`, and store it as `reduce_store` does.
+
+    Of a tile at hand, the second pass corrects the mean of the first.
+    """
+    y = tl.where(mask_p, y.to(tl.float32), 0.0)
+    if REDUCE == STATISTICS:
+        ptrs = parts_ptr + part.to(tl.int64) * channels * 4 + offs_c
+        count = tl.sum(mask_p.to(tl.float32), AXIS, keep_dims=True)
+        common = tl.sum(y, AXIS, keep_dims=True) / count
+        centred = tl.where(mask_p, y - common, 0.0)
+        offset = tl.sum(centred, AXIS, keep_dims=True) / count
+        centred = tl.where(mask_p, centred - offset, 0.0)
+        tl.store(ptrs, tl.broadcast_to(count, common.shape), mask)
+        tl.store(ptrs + channels, common, mask)
+        tl.store(ptrs + 2 * channels, offset, mask)
+        tl.store(ptrs + 3 * channels, sum_of_products(centred, centred, AXIS), mask)
+    elif REDUCE == MEAN:
+        tl.store(parts_ptr + part.to(tl.int64) * channels + offs_c, tl.sum(y, AXIS, keep_dims=True) * share, mask)
 
 
 @triton.jit
@@ -242,7 +265,7 @@ def sum_of_products(a, b, AXIS: tl.constexpr):
 def chan_reduce(count, mean, m2, AXIS: tl.constexpr):
     """Counts, means and squared deviations of sets of values along `AXIS`, together (Chan, Golub and LeVeque)."""
     total = tl.sum(count, AXIS, keep_dims=True)
-    merged = sum_of_products(count, mean, AXIS) / total
+    merged = tl.div_rn(sum_of_products(count, mean, AXIS), total)
     delta = mean - merged
     return total, merged, tl.sum(m2 + count * delta * delta, AXIS, keep_dims=True)
 
@@ -319,7 +342,9 @@ def finish(parts: Tensor, batch: int, reduce: int) -> Tensor:
     if reduce == Reduce.MEAN:
         return sums_per_image(parts.view(1, count, channels), batch).view(batch, channels)
     stats = parts.new_empty((2, channels))
-    merge_statistics_kernel[(triton.cdiv(channels, 16),)](parts, stats, count, channels, BLOCK_P=64, BLOCK_C=16)
+    merge_statistics_kernel[(triton.cdiv(channels, 8),)](
+        parts, stats, count, channels, BLOCK_P=256, BLOCK_C=8, num_warps=8, maxnreg=REGISTERS
+    )
     return stats
 
 

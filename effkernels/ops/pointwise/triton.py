@@ -23,9 +23,7 @@ from effkernels.ops._triton import (
     norm_act,
     norm_backward,
     pixel_axis,
-    reduce_add,
-    reduce_start,
-    reduce_store,
+    reduce_tile,
     scale_shift,
     strides,
     sum_of_products,
@@ -87,9 +85,7 @@ def pointwise_kernel(
     y = y.to(y_ptr.dtype.element_ty)
     y_ptrs = y_ptr + n * y_stride_n + offs_o * y_stride_c
     tl.store(y_ptrs + pixel_offsets(pixels, width, y_stride_h, y_stride_w, ONE_ROW), y, mask_p & mask_o)
-    state = reduce_start(tl.zeros_like(y).to(tl.float32), pixels, REDUCE)
-    state = reduce_add(state, y, mask_p, REDUCE)
-    reduce_store(state, parts_ptr, part, outputs, offs_o, mask_o, share, PIXEL_AXIS, REDUCE)
+    reduce_tile(y, mask_p, parts_ptr, part, outputs, offs_o, mask_o, share, PIXEL_AXIS, REDUCE)
 
 
 def precision() -> str:
@@ -97,9 +93,11 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def has_tensor_cores() -> bool:
-    """Whether `tl.dot` uses them for 16 bits: Triton does from sm_80 on."""
-    return bool(triton.knobs.runtime.interpret) or triton.runtime.driver.active.get_current_target().arch >= 80
+def is_multiplied_on_ordinary_units(x: Tensor) -> bool:
+    """From registers, which must hold whole tiles: for 16 bits `tl.dot` uses tensor cores from sm_80 on."""
+    if x.dtype == torch.float32:
+        return True
+    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().arch < 80
 
 
 def tile_size(extent: int, limit: int) -> int:
@@ -115,7 +113,7 @@ def pointwise(
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     area = height * width
     y = empty_map(x, (batch, outputs, height, width))
-    wide = x.dtype == torch.float32 or not has_tensor_cores()  # multiplied on the ordinary units, from registers
+    wide = is_multiplied_on_ordinary_units(x)
     block_p, block_o = tile_size(area, 64 if wide else 128), tile_size(outputs, 64)
     tiles = triton.cdiv(area, block_p)
     parts = empty_parts(y, batch * tiles, reduce)
@@ -132,107 +130,147 @@ def pointwise(
 
 @triton.jit
 def load_grad(
-    grad_ptrs, y_ptrs, scale_ptr, mean_ptr, var_ptr, gamma_ptr, eps, means_ptr, n, outputs, offs_o, mask_p,
-    grad_stride_c, y_stride_c, DTYPE: tl.constexpr,
+    grad_ptr, y_ptr, scale_ptr, n, pixels, offs_o, mask, outputs, width, norm, drift,
+    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+    ONE_ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """dy of some outputs; zero beyond the map."""
-    mask_o = offs_o < outputs
-    mask = mask_p & mask_o
-    grad = tl.load(grad_ptrs + offs_o.to(tl.int64) * grad_stride_c, mask, 0.0).to(tl.float32)
-    grad = scale_shift(grad, load_per_image(scale_ptr, n, outputs, offs_o, mask_o), ())
-    norm = load_norm(mean_ptr, var_ptr, gamma_ptr, None, eps, offs_o, mask_o)
-    drift = load_drift(means_ptr, var_ptr, eps, outputs, offs_o, mask_o)
-    y = tl.load(y_ptrs + offs_o.to(tl.int64) * y_stride_c, mask, 0.0).to(tl.float32)
+    """dy of a tile; zero beyond the map."""
+    wide_o = offs_o.to(tl.int64)
+    grad_ptrs = grad_ptr + n * grad_stride_n + wide_o * grad_stride_c
+    grad_ptrs += pixel_offsets(pixels, width, grad_stride_h, grad_stride_w, ONE_ROW)
+    y_ptrs = y_ptr + n * y_stride_n + wide_o * y_stride_c
+    y_ptrs += pixel_offsets(pixels, width, y_stride_h, y_stride_w, ONE_ROW)
+    grad = tl.load(grad_ptrs, mask, 0.0).to(tl.float32)
+    grad = scale_shift(grad, load_per_image(scale_ptr, n, outputs, offs_o, offs_o < outputs), ())
+    y = tl.load(y_ptrs, mask, 0.0).to(tl.float32)
     return tl.where(mask, norm_backward(grad, centre(y, norm), norm, drift), 0.0).to(DTYPE)
 
 
 @triton.jit
-def turned(tile, PIXEL_AXIS: tl.constexpr):
-    """Between the layout of the map's tiles and [channels, pixels], that of the products."""
-    return tl.trans(tile) if PIXEL_AXIS == 0 else tile
+def store_out(
+    out, x, out_ptrs, sums_ptr, part, parts, channels, offs_c, mask, mask_c, norm, var_ptr, eps,
+    ACT: tl.constexpr, PIXEL_AXIS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of h * gate in a tile, and its sums with h, its slope and xhat, of what is stored."""
+    out = out.to(x.dtype)
+    tl.store(out_ptrs, out, mask)
+    if sums_ptr is not None:
+        grad = tl.where(mask, out.to(tl.float32), 0.0)
+        centred = centre(x.to(tl.float32), norm)
+        h, slope = activate_with_slope(affine(centred, norm), ACT)
+        of_xhat = sum_of_products(grad * slope, centred, PIXEL_AXIS)
+        of_xhat *= load_inverse_deviation(var_ptr, eps, offs_c, mask_c)
+        ptrs = sums_ptr + tl.cast(part, tl.int64) * channels + offs_c
+        stride = tl.cast(parts, tl.int64) * channels
+        tl.store(ptrs, sum_of_products(grad, h, PIXEL_AXIS), mask_c)
+        tl.store(ptrs + stride, sum_of_products(grad, slope, PIXEL_AXIS), mask_c)
+        tl.store(ptrs + 2 * stride, of_xhat, mask_c)
 
 
-@triton.jit(do_not_specialize=["batch", "images", "splits", "steps"])
-def pointwise_backward_kernel(
+@triton.jit(do_not_specialize=["tiles", "parts"])
+def pointwise_backward_input_kernel(
     grad_ptr, scale_ptr, y_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, w_ptr,
-    x_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, gate_ptr, out_ptr, sums_ptr, weights_ptr,
-    batch, channels, outputs, area, width, images, splits, steps,
+    x_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, out_ptr, sums_ptr,
+    channels, outputs, area, width, tiles, parts,
     grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w, out_stride_n, out_stride_c, out_stride_h, out_stride_w,
     ACT: tl.constexpr, ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C channels of `images` images, or of a split of one, BLOCK_P pixels at a time.
-
-    With weights_ptr, the weight gradient of BLOCK_O outputs is added up in registers: of all outputs where there is an
-    out_ptr. Without, the outputs are walked through. The rows of both products are channels: where products share
-    an operand, Triton divides only their rows among the warps.
-    """
+    """BLOCK_C channels of BLOCK_P pixels of an image, from all outputs."""
     offs_c, part = channel_block(channels, 8, BLOCK_C, PIXEL_AXIS)
     mask_c = offs_c < channels
-    first_o = tl.program_id(1) * BLOCK_O
-    first_n = part // splits * images
-    first = part % splits * steps
-    norm = load_norm(mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, offs_c, mask_c)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    n = tl.cast(part // tiles, tl.int64)
+    pixels = tl.expand_dims(part % tiles * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
+    mask_p = pixels < area
+    out = tl.zeros((BLOCK_P, BLOCK_C) if PIXEL_AXIS == 0 else (BLOCK_C, BLOCK_P), tl.float32)
+    for start in range(0, outputs, BLOCK_O):
+        block = start + tl.arange(0, BLOCK_O)
+        offs_o = tl.expand_dims(block, PIXEL_AXIS)
+        norm2 = load_norm(mean2_ptr, var2_ptr, gamma2_ptr, None, eps2, offs_o, offs_o < outputs)
+        drift = load_drift(means_ptr, var2_ptr, eps2, outputs, offs_o, offs_o < outputs)
+        dy = load_grad(
+            grad_ptr, y_ptr, scale_ptr, n, pixels, offs_o, mask_p & (offs_o < outputs), outputs, width, norm2, drift,
+            grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+            ONE_ROW, x_ptr.dtype.element_ty,
+        )  # fmt: skip
+        w_block = tl.expand_dims(block, 1 - PIXEL_AXIS)
+        w = tl.load(w_ptr + w_block * channels + offs_c, (w_block < outputs) & mask_c, 0.0)
+        if PIXEL_AXIS == 0:
+            out = tl.dot(dy, w, out, input_precision=PRECISION)
+        else:
+            out = tl.dot(w, dy, out, input_precision=PRECISION)
+    mask = mask_p & mask_c
+    x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c
+    x = tl.load(x_ptrs + pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW), mask, 0.0)
+    out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c
+    out_ptrs += pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
+    norm1 = load_norm(mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, offs_c, mask_c)
+    store_out(
+        out, x, out_ptrs, sums_ptr, part, parts, channels, offs_c, mask, mask_c, norm1, var1_ptr, eps1, ACT, PIXEL_AXIS
+    )
+
+
+@triton.jit(do_not_specialize=["tiles", "parts", "steps"])
+def pointwise_backward_weight_kernel(
+    grad_ptr, scale_ptr, y_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, w_ptr,
+    x_ptr, mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, gate_ptr, out_ptr, sums_ptr, weights_ptr,
+    channels, outputs, area, width, tiles, parts, steps,
+    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+    x_stride_n, x_stride_c, x_stride_h, x_stride_w, out_stride_n, out_stride_c, out_stride_h, out_stride_w,
+    ACT: tl.constexpr, ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_AXIS: tl.constexpr,
+):  # fmt: skip
+    """The weight gradient of BLOCK_C channels and BLOCK_O outputs, from `steps` of the `parts` tiles of BLOCK_P pixels.
+
+    With an out_ptr, for which BLOCK_O must hold all outputs, the gradient of h * gate too, while the tile is at hand.
+    """
+    offs_c, share = channel_block(channels, 8, BLOCK_C, PIXEL_AXIS)
+    mask_c = offs_c < channels
+    block = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_o = tl.expand_dims(block, PIXEL_AXIS)
+    mask_o = offs_o < outputs
+    norm1 = load_norm(mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, offs_c, mask_c)
+    norm2 = load_norm(mean2_ptr, var2_ptr, gamma2_ptr, None, eps2, offs_o, mask_o)
+    drift = load_drift(means_ptr, var2_ptr, eps2, outputs, offs_o, mask_o)
+    across = tl.expand_dims(block, 1 - PIXEL_AXIS)
+    if out_ptr is not None:
+        w = tl.load(w_ptr + across * channels + offs_c, (across < outputs) & mask_c, 0.0)
     grad_weight = tl.zeros((BLOCK_C, BLOCK_O), tl.float32)
-
-    for image in range(first_n, tl.minimum(first_n + images, batch)):
-        n = tl.cast(image, tl.int64)
+    for part in range(share * steps, tl.minimum((share + 1) * steps, parts)):
+        n = tl.cast(part // tiles, tl.int64)
+        pixels = tl.expand_dims(part % tiles * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
+        mask_p = pixels < area
+        mask = mask_p & mask_c
+        x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c
+        x = tl.load(x_ptrs + pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW), mask, 0.0)
+        dy = load_grad(
+            grad_ptr, y_ptr, scale_ptr, n, pixels, offs_o, mask_p & mask_o, outputs, width, norm2, drift,
+            grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
+            ONE_ROW, x_ptr.dtype.element_ty,
+        )  # fmt: skip
         gate = load_per_image(gate_ptr, n, channels, offs_c, mask_c)
-        of_h = tl.zeros_like(norm[0])
-        of_slope = of_h
-        of_centred = of_h
-        # Prefetching the next tiles too would spill registers.
-        for step in tl.range(first, first + steps, num_stages=1):
-            pixels = tl.expand_dims(step * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
-            mask_p = pixels < area
-            mask = mask_p & mask_c
-            x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c
-            x_ptrs += pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW)
-            grad_ptrs = grad_ptr + n * grad_stride_n
-            grad_ptrs += pixel_offsets(pixels, width, grad_stride_h, grad_stride_w, ONE_ROW)
-            y_ptrs = y_ptr + n * y_stride_n + pixel_offsets(pixels, width, y_stride_h, y_stride_w, ONE_ROW)
-            out = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-            for start in range(first_o, first_o + BLOCK_O if weights_ptr is not None else outputs, BLOCK_O):
-                block = start + tl.arange(0, BLOCK_O)
-                dy = load_grad(
-                    grad_ptrs, y_ptrs, scale_ptr, mean2_ptr, var2_ptr, gamma2_ptr, eps2, means_ptr, n, outputs,
-                    tl.expand_dims(block, PIXEL_AXIS), mask_p, grad_stride_c, y_stride_c, dtype,
-                )  # fmt: skip
-                if weights_ptr is not None:
-                    h = norm_act(tl.load(x_ptrs, mask, 0.0).to(tl.float32), norm, ACT)
-                    gated = turned(scale_shift(h, gate, ()).to(dtype), PIXEL_AXIS)
-                    across = turned(dy, 1 - PIXEL_AXIS)
-                    grad_weight = tl.dot(gated, across, grad_weight, input_precision=PRECISION)
-                if out_ptr is not None:
-                    offs_o = tl.expand_dims(block, 1 - PIXEL_AXIS)
-                    w = tl.load(w_ptr + offs_o * channels + offs_c, (offs_o < outputs) & mask_c, 0.0)
-                    out = tl.dot(turned(w, PIXEL_AXIS), turned(dy, PIXEL_AXIS), out, input_precision=PRECISION)
-            if out_ptr is not None:
-                stored = turned(out.to(dtype), PIXEL_AXIS)
-                out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c
-                out_ptrs += pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
-                tl.store(out_ptrs, stored, mask)
-                grad = tl.where(mask, stored.to(tl.float32), 0.0)
-                # x comes from the cache: kept during the products, it would spill.
-                centred = centre(tl.load(x_ptrs, mask, 0.0).to(tl.float32), norm)
-                h, slope = activate_with_slope(affine(centred, norm), ACT)
-                of_h += sum_of_products(grad, h, PIXEL_AXIS)
-                of_slope += sum_of_products(grad, slope, PIXEL_AXIS)
-                of_centred += sum_of_products(grad * slope, centred, PIXEL_AXIS)
+        h = scale_shift(norm_act(x.to(tl.float32), norm1, ACT), gate, ()).to(x.dtype)
+        # Beyond the map h need not be zero: dy is.
+        if PIXEL_AXIS == 0:
+            grad_weight = tl.dot(tl.trans(h), dy, grad_weight, input_precision=PRECISION)
+        else:
+            grad_weight = tl.dot(h, tl.trans(dy), grad_weight, input_precision=PRECISION)
         if out_ptr is not None:
-            ptrs = sums_ptr + (n * splits + part % splits) * channels + offs_c
-            sums_stride = tl.cast(batch, tl.int64) * splits * channels
-            tl.store(ptrs, of_h, mask_c)
-            tl.store(ptrs + sums_stride, of_slope, mask_c)
-            of_xhat = of_centred * load_inverse_deviation(var1_ptr, eps1, offs_c, mask_c)
-            tl.store(ptrs + 2 * sums_stride, of_xhat, mask_c)
-
-    if weights_ptr is not None:
-        offs_o = tl.expand_dims(first_o + tl.arange(0, BLOCK_O), 1 - PIXEL_AXIS)
-        ptrs = weights_ptr + part.to(tl.int64) * outputs * channels + offs_o * channels + offs_c
-        tl.store(ptrs, turned(grad_weight, PIXEL_AXIS), (offs_o < outputs) & mask_c)
+            if PIXEL_AXIS == 0:
+                out = tl.dot(dy, w, input_precision=PRECISION)
+            else:
+                out = tl.dot(w, dy, input_precision=PRECISION)
+            out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c
+            out_ptrs += pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
+            store_out(
+                out, x, out_ptrs, sums_ptr, part, parts, channels, offs_c, mask, mask_c, norm1, var1_ptr, eps1,
+                ACT, PIXEL_AXIS,
+            )  # fmt: skip
+    rows = (tl.program_id(0) % tl.cdiv(channels, BLOCK_C)).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    columns = block[None, :]
+    ptrs = weights_ptr + tl.cast(share, tl.int64) * outputs * channels + columns * channels + rows
+    tl.store(ptrs, grad_weight, (rows < channels) & (columns < outputs))
 
 
 def pointwise_backward(
@@ -242,46 +280,46 @@ def pointwise_backward(
     eps1: float, act1: int, gate: Tensor | None, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
-    need_sums = need_input and mean1 is not None
-    if mean1 is None or var1 is None:  # one kernel for both: it normalises by nothing
-        mean1, var1 = x.new_zeros(channels, dtype=torch.float32), x.new_ones(channels, dtype=torch.float32)
     area = height * width
+    wide = is_multiplied_on_ordinary_units(x)
+    axis = pixel_axis(x)
     # Both gradients in one launch where that of the weights fits the registers; otherwise x and dy are read twice.
-    fused = need_input and need_weight and outputs <= 32
-    block_p = tile_size(area, 16)
-    block_c = tile_size(channels, 32 if fused or x.dtype == torch.float32 else 64)
+    fused = need_input and need_weight and outputs <= (32 if wide else 64)
+    block_p = tile_size(area, 16 if wide else 64 if axis == 0 and not fused else 32)
+    block_c = tile_size(channels, 32 if wide else 64)
     blocks_c, tiles = triton.cdiv(channels, block_c), triton.cdiv(area, block_p)
-    # Programs that each keep a weight gradient are few; of the others each takes one tile.
-    wanted = triton.cdiv(PROGRAMS, blocks_c) if need_weight else batch * tiles
-    images = triton.cdiv(batch, wanted)
-    steps = triton.cdiv(tiles, max(wanted // max(batch, 1), 1))
-    splits, groups = triton.cdiv(tiles, steps), triton.cdiv(batch, max(images, 1))
+    parts = batch * tiles
 
+    empty = x.new_empty(0, dtype=torch.float32)
     out = empty_map(x, x.shape) if need_input else None
-    sums = x.new_empty((3, batch * splits, channels) if need_input else (0,), dtype=torch.float32)
-    weights = x.new_empty((groups * splits, outputs, channels), dtype=torch.float32) if need_weight else None
-
-    def launch(out: Tensor | None, weights: Tensor | None, block_o: int) -> None:
-        rounds = 1 if weights is None else triton.cdiv(outputs, block_o)
-        pointwise_backward_kernel[(groups * splits * blocks_c, rounds)](
-            grad, *dense(scale), y, *dense(mean2, var2, gamma2), eps2, *dense(grad_means, weight),
-            x, *dense(mean1, var1, gamma1, beta1), eps1, *dense(gate), out, sums, weights,
-            batch, channels, outputs, area, width, images, splits, steps,
-            *grad.stride(), *y.stride(), *x.stride(), *strides(out),
-            ACT=act1, ONE_ROW=all(map(is_one_row, (grad, y, x))), PRECISION=precision(),
-            BLOCK_P=block_p, BLOCK_O=block_o, BLOCK_C=block_c, PIXEL_AXIS=pixel_axis(x),
-            num_warps=8, maxnreg=REGISTERS,
+    sums = x.new_empty((3, parts, channels), dtype=torch.float32) if need_input and mean1 is not None else None
+    of_y = grad, *dense(scale), y, *dense(mean2, var2, gamma2), eps2, *dense(grad_means, weight)
+    of_x = x, *dense(mean1, var1, gamma1, beta1), eps1
+    common = dict(
+        ACT=act1, ONE_ROW=all(map(is_one_row, (grad, y, x))), PRECISION=precision(), BLOCK_P=block_p, BLOCK_C=block_c,
+        PIXEL_AXIS=axis, num_warps=8, maxnreg=REGISTERS,
+    )  # fmt: skip
+    strides_of_maps = *grad.stride(), *y.stride(), *x.stride(), *strides(out)
+    if batch and need_input and not fused:
+        pointwise_backward_input_kernel[(parts * blocks_c,)](
+            *of_y, *of_x, out, sums, channels, outputs, area, width, tiles, parts, *strides_of_maps,
+            BLOCK_O=tile_size(outputs, 16 if wide else 32), **common,
         )  # fmt: skip
-
-    if batch and fused:
-        launch(out, weights, tile_size(outputs, 32))
-    elif batch:
-        if need_input:
-            launch(out, None, tile_size(outputs, 16 if x.dtype == torch.float32 else 32))
-        if need_weight:
-            launch(None, weights, tile_size(outputs, 64))
+    weights = None
+    if need_weight:
+        block_o = tile_size(outputs, 64)
+        blocks_o = triton.cdiv(outputs, block_o)
+        steps = triton.cdiv(parts * blocks_c * blocks_o, PROGRAMS)
+        shares = triton.cdiv(parts, max(steps, 1))
+        weights = x.new_empty((shares, outputs, channels), dtype=torch.float32)
+        if batch:
+            pointwise_backward_weight_kernel[(shares * blocks_c, blocks_o)](
+                *of_y, *of_x, *dense(gate), out if fused else None, sums if fused else None, weights,
+                channels, outputs, area, width, tiles, parts, steps, *strides_of_maps,
+                BLOCK_O=block_o, **common,
+            )  # fmt: skip
     return (
         x.new_empty(0) if out is None else out,
-        sums_per_image(sums, batch) if need_sums else x.new_empty(0, dtype=torch.float32),
-        x.new_empty(0, dtype=torch.float32) if weights is None else weights.sum(0),
+        empty if sums is None else sums_per_image(sums, batch),
+        empty if weights is None else weights.sum(0),
     )
