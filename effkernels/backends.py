@@ -72,6 +72,13 @@ def why_not(backend: str, x: Tensor) -> str | None:
     return None
 
 
+def trains_slower(x: Tensor) -> str | None:
+    """Why `auto` leaves the training of modules on `x` to PyTorch (docs/h100.md); None if it does not."""
+    if _requested != "auto" or x.device.type != "cuda":
+        return None
+    return "a training step was slower than PyTorch's when it was last measured on a GPU; use_backend takes it anyway"
+
+
 def takes(op: Kernels, x: Tensor) -> bool:
     """Whether `choose` takes a backend that has the op of these kernels, on `x`."""
     if _requested != "auto":

@@ -49,6 +49,8 @@ class Fused(nn.Module):
         obstacle: object = None
         if parts.global_hooks():
             obstacle = "hooks are registered for all modules"
+        elif (slower := backends.trains_slower(x)) and _needs_gradients(self, x):
+            obstacle = slower
         else:
             try:
                 found = self.read_parts()
@@ -57,6 +59,10 @@ class Fused(nn.Module):
         if backends.choose(type(self).__qualname__, x, obstacle) == "eager":
             return self.unfused(x)
         return self.fused(found, x)
+
+
+def _needs_gradients(module: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
 class Frozen:

@@ -8,7 +8,9 @@ from strategies import drawn_cases
 from effkernels import ops, use_backend
 from effkernels.ops._cases import assert_close_to_reference, cases_for, feature_map
 from effkernels.ops.batch_norm.cases import compare_sums
-from effkernels.ops.batch_norm.op import Reduce
+from effkernels.ops.batch_norm.op import BN_STATISTICS, Reduce
+from effkernels.ops.dwconv.op import NO_NORM
+from effkernels.ops.pointwise.op import POINTWISE
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -24,6 +26,16 @@ def test_case(case):
 @given(drawn_cases("triton"))
 def test_drawn_case(case):
     case.check("triton")
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_means_near_zero_are_as_exact_as_eagers(layout):
+    """Beside deviations of 1: what is far from a lane's first value, or a tile's largest, must not blur them."""
+    x = feature_map((3, 16, 13, 10), f32, layout)
+    weight = torch.eye(16).roll(1, 0)
+    pointwise = POINTWISE("triton", x, weight, *NO_NORM, None, None, None, Reduce.STATISTICS)[1][0].roll(-1)
+    for mean in (BN_STATISTICS("triton", x)[0], pointwise):
+        assert_close_to_reference(mean, x.mean((0, 2, 3)), x.double().mean((0, 2, 3)))
 
 
 def run(function, backend, dtype, *tensors):

@@ -2,19 +2,22 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import effkernels
+from effkernels import backends
 from effkernels.nn import MBConv
 
 
 def test_a_block(kernels):
     module = MBConv(16, 16)
     state = {name: t.clone() for name, t in module.state_dict().items()}
-    explanation = effkernels.explain(module, torch.randn(2, 16, 8, 8))
+    x = torch.randn(2, 16, 8, 8)
+    explanation = effkernels.explain(module, x)
     assert [d.op for d in explanation.decisions] == ["MBConv", "mbconv"]
     assert {d.backend for d in explanation.decisions} == {kernels}
-    assert f"mbconv  2x16x8x8  float32  cpu  {kernels}" in str(explanation)
-    assert "not cuda: " in str(explanation)
+    assert f"mbconv  2x16x8x8  float32  {x.device}  {kernels}" in str(explanation)
+    assert f"not {'cpp' if x.is_cuda else 'cuda'}: " in str(explanation)
     assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
 
 
@@ -51,3 +54,13 @@ def test_nothing_of_effkernels():
 def test_errors_come_through():
     with pytest.raises(ValueError, match="x must be 4-dimensional"):
         effkernels.explain(effkernels.ops.bn_act, torch.randn(2, 3), None, None, None, None)
+
+
+def test_auto_leaves_training_on_a_gpu_to_pytorch():
+    """Until a measurement says that it is faster; what is asked for by name runs."""
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+    assert "slower than PyTorch's" in backends.trains_slower(x)
+    assert backends.trains_slower(torch.empty(1)) is None
+    with effkernels.use_backend("cuda"):
+        assert backends.trains_slower(x) is None

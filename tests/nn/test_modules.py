@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import assert_as_close_as_eager, forward_backward, inference
+from runs import assert_as_close_as_eager, forward_backward, inference, without_chance
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -46,7 +46,7 @@ def calibrated(module):
 
 @pytest.fixture(params=MODULES)
 def module(request):
-    return calibrated(MODULES[request.param]())
+    return without_chance(calibrated(MODULES[request.param]()))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -71,10 +71,10 @@ def test_channels_last_is_kept(backend, module):
 
 
 def inference_ops(backend):
-    return ["mbconv_inference"] if backend == "cpp" else ["bn_act_dwconv_bn_act", "squeeze_excite"]
+    return ["bn_act_dwconv_bn_act", "squeeze_excite"] if backend == "triton" else ["mbconv_inference"]
 
 
-def test_a_block_in_inference_is_one_op_on_the_cpu(kernels):
+def test_a_block_in_inference_is_one_op(kernels):
     module, x = MBConv(16, 24).eval(), inputs(1)[0]
     with torch.no_grad(), backends.record_decisions() as decisions:
         module(x)
