@@ -49,7 +49,7 @@ class Fused(nn.Module):
         obstacle: object = None
         if parts.global_hooks():
             obstacle = "hooks are registered for all modules"
-        elif (slower := backends.trains_slower(x)) and _needs_gradients(self, x):
+        elif (slower := backends.trains_slower(x)) and _trains(self, x):
             obstacle = slower
         else:
             try:
@@ -61,8 +61,12 @@ class Fused(nn.Module):
         return self.fused(found, x)
 
 
-def _needs_gradients(module: nn.Module, x: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+def _trains(module: nn.Module, x: Tensor) -> bool:
+    return (
+        module.training
+        and torch.is_grad_enabled()
+        and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+    )
 
 
 class Frozen:

@@ -55,7 +55,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def autocasts(device: str) -> bool:
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    # As torch.amp.is_autocast_available says, which torch.compile cannot trace in PyTorch 2.11.
+    return device in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device)
 
 
 def code(op: str, name: str, value: str, accepted: dict[str, int]) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import effkernels
+from effkernels import backends
 from effkernels.nn.fusion import Fused
 from effkernels.profiling.ceilings import measure_ceilings
 from effkernels.profiling.find import find_model
@@ -137,7 +138,7 @@ def measure(device: torch.device, request: Request, advance: Callable[[], None] 
         for layout, memory_format in LAYOUTS.items():
             model = copy.deepcopy(network).to(memory_format=memory_format)
             x = images.contiguous(memory_format=memory_format)
-            variants[name, layout] = Workload(model, x, request.train, _backend(name))
+            variants[name, layout] = Workload(model, x, request.train, _backend(name, images))
     blocks = request.networks.blocks
     blocks = _that_run(blocks, record(variants[EAGER, "NCHW"], blocks).launches)
     times = time_blocks(variants, blocks, repeats=REPEATS, seconds=SECONDS, on_repeat=advance)
@@ -155,7 +156,7 @@ def measure(device: torch.device, request: Request, advance: Callable[[], None] 
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         runs[name] = Run(
-            backend=_backend(name),
+            backend=_backend(name, images),
             layout=best,
             other_layout_ms=totals[other],
             times=times[name, best],
@@ -187,11 +188,12 @@ def prepare(
     name = FUSED if fused else EAGER
     network = networks_of(model).by_run[name].to(getattr(torch, dtype)).to(memory_format=LAYOUTS[layout])
     x = torch.randn(batch, 3, size, size).to(getattr(torch, dtype)).contiguous(memory_format=LAYOUTS[layout])
-    return Workload(network, x, train, _backend(name))
+    return Workload(network, x, train, _backend(name, x))
 
 
-def _backend(name: str) -> str:
-    return "eager" if name == EAGER else "auto"
+def _backend(name: str, x: Tensor) -> str:
+    """By name: `auto` leaves training on a GPU to eager PyTorch."""
+    return "eager" if name == EAGER else next(b for b in backends.PREFERENCE if backends.why_not(b, x) is None)
 
 
 def _that_run(blocks: Sequence[str], launches: Sequence[Launch]) -> list[str]:
@@ -220,7 +222,7 @@ def _errors(networks: dict[str, nn.Module], images: Tensor, train: bool) -> dict
 
     def answers(name: str, dtype: torch.dtype) -> Tensor:
         network = copy.deepcopy(networks[name]).to(dtype)
-        workload = Workload(network, images.to(dtype), train, _backend(name), drop=False)
+        workload = Workload(network, images.to(dtype), train, _backend(name, images.to(dtype)), drop=False)
         outputs = workload.run()
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         return torch.cat([t.detach().double().flatten() for t in (*outputs, *gradients)])

@@ -11,7 +11,7 @@ from torch import nn
 from effkernels import _native, backends
 from effkernels.profiling.workload import Workload
 
-GPU_BACKEND = "cuda"  # what `auto` takes on a GPU where all is installed
+GPU_BACKEND = "cuda"  # the one that is modelled
 
 
 def on_meta(

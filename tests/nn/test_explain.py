@@ -56,7 +56,7 @@ def test_errors_come_through():
         effkernels.explain(effkernels.ops.bn_act, torch.randn(2, 3), None, None, None, None)
 
 
-def test_auto_leaves_training_on_a_gpu_to_pytorch():
+def test_auto_leaves_training_on_a_gpu_to_pytorch(monkeypatch):
     """Until a measurement says that it is faster; what is asked for by name runs."""
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")
@@ -64,3 +64,16 @@ def test_auto_leaves_training_on_a_gpu_to_pytorch():
     assert backends.trains_slower(torch.empty(1)) is None
     with effkernels.use_backend("cuda"):
         assert backends.trains_slower(x) is None
+
+    monkeypatch.setattr(backends, "trains_slower", lambda x: "slower")
+    block, x = MBConv(8, 8), torch.randn(2, 8, 6, 6)
+
+    def decided():
+        decision = effkernels.explain(block, x).decisions[0]
+        return decision.backend, set(decision.rejected.values())
+
+    assert decided() == ("eager", {"slower"})
+    with torch.no_grad():
+        assert decided()[0] != "eager"
+    block.eval()
+    assert decided()[0] != "eager"
