@@ -250,8 +250,8 @@ def pointwise_backward_weight_kernel(
             ONE_ROW, x_ptr.dtype.element_ty,
         )  # fmt: skip
         gate = load_per_image(gate_ptr, n, channels, offs_c, mask_c)
-        h = scale_shift(norm_act(x.to(tl.float32), norm1, ACT), gate, ()).to(x.dtype)
-        # Beyond the map h need not be zero: dy is.
+        # Beyond the map dy is zero, but h of a zero may be infinite.
+        h = tl.where(mask_p, scale_shift(norm_act(x.to(tl.float32), norm1, ACT), gate, ()), 0.0).to(x.dtype)
         if PIXEL_AXIS == 0:
             grad_weight = tl.dot(tl.trans(h), dy, grad_weight, input_precision=PRECISION)
         else:
