@@ -5,7 +5,6 @@ python benchmarks/phases.py --batch 64
 
 import argparse
 import collections
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -16,6 +15,9 @@ from torch import Tensor
 
 import effkernels
 from effkernels.ops._op import COMPOSITIONS, Op
+from effkernels.profile import default_device
+from effkernels.profiling.ceilings import measure_ceilings
+from effkernels.profiling.timing import milliseconds, stamp
 
 REPEATS = 10
 
@@ -30,8 +32,9 @@ def recorded(step: Callable[[], Tensor]) -> dict[tuple[Any, ...], list[Any]]:
     def spy(op: Op, backend: str, *arguments: Any) -> Any:
         if op.overloads.get(backend) not in COMPOSITIONS:
             kind = op.name, *((a.shape, a.dtype) if isinstance(a, Tensor) else a for a in arguments)
-            kept = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-            calls.setdefault(kind, [op, kept, 0])[2] += 1
+            if kind not in calls:
+                calls[kind] = [op, [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments], 0]
+            calls[kind][2] += 1
         return call(op, backend, *arguments)
 
     with mock.patch.object(Op, "__call__", spy):
@@ -39,54 +42,49 @@ def recorded(step: Callable[[], Tensor]) -> dict[tuple[Any, ...], list[Any]]:
     return calls
 
 
-def microseconds(call: Call, device: str) -> float:
+def microseconds(call: Call, device: torch.device) -> float:
     """Of one call among several; on a GPU of their kernels alone, replayed as a CUDA graph."""
+
+    def several() -> None:
+        for _ in range(REPEATS):
+            call()
+
     call()
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            call()
-        return (time.perf_counter() - start) / REPEATS * 1e6
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            call()
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / REPEATS * 1e3
-
-
-def bandwidth(device: str) -> float:
-    """Bytes that a large copy reads and writes in a microsecond."""
-    source = torch.empty(2**28, dtype=torch.uint8, device=device).zero_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds(lambda: target.copy_(source), device)
+    run: Call = several
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            several()
+        run = graph.replay
+        run()
+    start = stamp(device)
+    run()
+    end = stamp(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return milliseconds(start, end) / REPEATS * 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
     options = parser.parse_args()
-    device = options.device
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    device = torch.device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
     form: dict[str, Any] = dict(device=device, memory_format=torch.channels_last)
     model = effkernels.convert(effkernels.models.create_model("efficientnet_b0")).to(**form)
     x = torch.randn(options.batch, 3, options.size, options.size).to(**form)
-    backends = kernels(torch.device(device), dtype)
+    backends = kernels(device, dtype)
 
     def step() -> Tensor:
-        with effkernels.use_backend(backends[-1]), torch.autocast(device, dtype, enabled=device != "cpu"):
+        with effkernels.use_backend(backends[-1]), torch.autocast(device.type, dtype, enabled=device.type != "cpu"):
             return model(x).float().square().mean()
 
-    rate = bandwidth(device)
-    print(f"{options.batch} images, {dtype}, microseconds; a copy moves {rate / 1e3:.0f} GB/s")
+    rate = measure_ceilings(device, dtype).bandwidth
+    print(f"{options.batch} images, {dtype}, microseconds; a copy moves {rate / 1e9:.0f} GB/s")
     row = "{:20} {:>5} {:>8}" + len(backends) * " {:>9}"
     print(row.format("phase", "calls", "floor", *backends))
     totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -99,7 +97,7 @@ def main() -> None:
                 total[backend] += count * microseconds(call, device)
             outputs = call()
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            total["floor"] += count * sum(op.bytes(arguments, outputs).values()) / rate
+            total["floor"] += count * sum(op.bytes(arguments, outputs).values()) / rate * 1e6
     for name, total in sorted(totals.items(), key=lambda item: -max(item[1][b] for b in backends)):
         times = (f"{total[backend]:.0f}" if backend in total else "-" for backend in backends)
         print(row.format(name, total["calls"], f"{total['floor']:.0f}", *times))

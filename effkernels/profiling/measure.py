@@ -221,8 +221,8 @@ def _errors(networks: dict[str, nn.Module], images: Tensor, train: bool) -> dict
         return {}
 
     def answers(name: str, dtype: torch.dtype) -> Tensor:
-        network = copy.deepcopy(networks[name]).to(dtype)
-        workload = Workload(network, images.to(dtype), train, _backend(name, images.to(dtype)), drop=False)
+        network, x = copy.deepcopy(networks[name]).to(dtype), images.to(dtype)
+        workload = Workload(network, x, train, _backend(name, x), drop=False)
         outputs = workload.run()
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         return torch.cat([t.detach().double().flatten() for t in (*outputs, *gradients)])
