@@ -8,14 +8,14 @@ std::tuple<Tensor, Tensor> expand_dwconv(
     Tensor x, Tensor expand, std::optional<Tensor> mean1, std::optional<Tensor> var1, std::optional<Tensor> gamma1,
     std::optional<Tensor> beta1, double eps1, int64_t act1, Tensor depthwise, std::optional<Tensor> mean2,
     std::optional<Tensor> var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
-    int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h, int64_t out_w, bool pool) {
+    int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h, int64_t out_w, int64_t reduce) {
   const int64_t hidden = depthwise.size(0);
   const ChannelVectors norm1({mean1, var1, gamma1, beta1}, eps1, act1, hidden, x);
   const ChannelVectors norm2({mean2, var2, gamma2, beta2}, eps2, act2, hidden, x);
   const DeviceGuard guard(x.get_device_index());
   Problem q = make_problem(x, expand, norm1.transform, depthwise, norm2.transform, stride, pad_top, pad_left, out_h,
                            out_w);
-  q.reduce = pool ? Reduce::kMean : Reduce::kNone;
+  q.reduce = reduce_of(reduce);
 
   Tensor d = empty_map(x, {q.x.n, hidden, out_h, out_w}, true);
   if (d.numel() == 0) return {d, undefined_sums(d, q.reduce)};

@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
     const int out_x = out_x0 + column, out_y = out_y0 + strip * kRows;
     const int count = out_x < p.out_w ? min(kRows, p.out_h - out_y) : 0;  // rows of this thread; none if negative
     const bool reduces = p.reduction.mean || p.reduction.partials;
+    ShiftedSums<V> sums;
     if (strip < p.strips) {
-      Vec<float, V> sums = {};
       float weight[K * K][V];
 #pragma unroll
       for (int tap = 0; tap < K * K; ++tap) {
@@ -183,22 +183,34 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
 #pragma unroll
             for (int v = 0; v < V; ++v) {
               vec.at[v] = from_float<T>(values[v]);
-              sums.at[v] += to_float(vec.at[v]);
+              values[v] = to_float(vec.at[v]);
             }
             store_some<V>(out, vec, 1, valid, p.d_vector);
             out += p.d_stride.h;
+            if (reduces) sums.add(values, row == 0 && p.reduction.shifts);
           });
-      if (reduces) sums.store(column_sums + member * p.group + lane);
+      if (reduces && !p.reduction.shifts) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) column_sums[member * p.group + lane + v] = sums.sum[v];
+      }
     }
     __syncthreads();
 
     if (!reduces) continue;
+    const int members = p.strips * p.tile_w, part = tile_y * p.tiles_w + tile_x, parts = p.tiles_h * p.tiles_w;
+    if (p.reduction.shifts) {
+      Moments moments[V];
+      sums.moments(moments, max(count, 0));
+      merge_block<V>(moments, reinterpret_cast<Moments*>(shared + p.sum_offset), lane, p.group, member, members);
+      if (member == 0) store_moments<V>(p.reduction, moments, n, part, parts, c, p.hidden);
+      continue;
+    }
     const int area = min(p.tile_w, p.out_w - out_x0) * min(p.strips * kRows, p.out_h - out_y0);
     for (int i = tid; i < p.group; i += kThreads) {
       float sum = 0;
-      for (int other = 0; other < p.strips * p.tile_w; ++other) sum += column_sums[other * p.group + i];
+      for (int other = 0; other < members; ++other) sum += column_sums[other * p.group + i];
       const Moments moments[1] = {{static_cast<float>(area), 0.0f, sum / area, 0.0f}};
-      store_moments<1>(p.reduction, moments, n, tile_y * p.tiles_w + tile_x, p.tiles_h * p.tiles_w, c0 + i, p.hidden);
+      store_moments<1>(p.reduction, moments, n, part, parts, c0 + i, p.hidden);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The CUDA launch that expands and convolves depthwise: d = act2(bn2(dwconv(act1(bn1(expand x))))), and d's mean.
+// The CUDA launch that expands and convolves depthwise: d = act2(bn2(dwconv(act1(bn1(expand x))))), and what it reduces d to.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,7 @@ struct Problem {
   const void *expand, *depthwise;  // [hidden, C], [hidden, 1, k, k], contiguous
   int kernel_size, stride, pad_top, pad_left;
   Transform norm1, norm2;
-  Reduce reduce;  // none, or the mean
+  Reduce reduce;
   Gpu gpu;
 };
 
@@ -101,7 +101,8 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
   t.e_offset = place(rows * columns * t.e_pitch * size);
   t.norm_offset = place(2 * group * int64_t{sizeof(Folded)});
   t.weight_offset = place(k * k * t.weight_pitch * int64_t{sizeof(float)});
-  t.sum_offset = place(q.reduce == Reduce::kNone ? 0 : strips * tile_w * group * int64_t{sizeof(float)});
+  const int64_t sum = q.reduce == Reduce::kNone ? 0 : q.reduce == Reduce::kMean ? sizeof(float) : sizeof(Moments);
+  t.sum_offset = place(strips * tile_w * group * sum);
   // Where tiles are few, several blocks share one.
   const int64_t tiles = q.x.n * ceil_div(q.d.h, strips * kRows) * ceil_div(q.d.w, tile_w);
   const int64_t groups = ceil_div(q.d.c, group);

@@ -1,1 +1,1 @@
-"""The 1x1 expansion and the depthwise convolution in inference, on the GPU: the phase `expand_dwconv`."""
+"""The 1x1 expansion and the depthwise convolution in one kernel: the phase `expand_dwconv`."""

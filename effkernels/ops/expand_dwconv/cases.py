@@ -30,7 +30,7 @@ from effkernels.ops.expand_dwconv import reference
 from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV
 
 KERNEL_SIZES = (3, 5)
-SILU, HARDSWISH = Norm(Activation.SILU), Norm(Activation.HARDSWISH)
+SILU, HARDSWISH, NOTHING = Norm(Activation.SILU), Norm(Activation.HARDSWISH), Norm(statistics=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class ExpandDwconv(Case):
     padding: int | str = "auto"
     norm1: Norm = SILU
     norm2: Norm = SILU
-    pool: bool = True
+    reduce: Reduce = Reduce.MEAN
 
     def make(self) -> tuple[Any, ...]:
         _, channels, height, width = self.shape
@@ -56,7 +56,7 @@ class ExpandDwconv(Case):
         top, out_h = resolve_padding("expand_dwconv", self.padding, height, k, self.stride)
         left, out_w = resolve_padding("expand_dwconv", self.padding, width, k, self.stride)
         norms = [norm.make(self.hidden, self.dtype) for norm in (self.norm1, self.norm2)]
-        return x, expand, *norms[0], depthwise, *norms[1], self.stride, top, left, out_h, out_w, self.pool
+        return x, expand, *norms[0], depthwise, *norms[1], self.stride, top, left, out_h, out_w, self.reduce
 
     @classmethod
     def drawn(cls, numbers: random.Random) -> "ExpandDwconv":
@@ -65,14 +65,14 @@ class ExpandDwconv(Case):
         return cls(
             **of_map, hidden=numbers.randint(1, 100), kernel_size=k, stride=numbers.choice(STRIDES),
             padding=numbers.choice(("auto", "same", numbers.randint(least, least + 4))),
-            norm1=drawn_norm(numbers), norm2=drawn_norm(numbers), pool=numbers.choice((True, False)),
+            norm1=drawn_norm(numbers), norm2=drawn_norm(numbers), reduce=numbers.choice(list(Reduce)),
         )  # fmt: skip
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
-        d, pooled = outputs
-        *given, pool = arguments
+        d, sums = outputs
+        *given, reduce = arguments
         yield Comparison("d", d, reference.expand_dwconv(*given), reference.expand_dwconv(*as_float64(given)))
-        yield from compare_sums(pooled, d, Reduce.MEAN if pool else Reduce.NONE)
+        yield from compare_sums(sums, d, reduce)
 
 
 f32, f16, bf16 = DTYPES
@@ -86,9 +86,17 @@ CORE: list[dict[str, Any]] = [
     dict(shape=(1, 24, 15, 17), hidden=72, dtype=f16),
     dict(shape=(2, 16, 14, 14), hidden=96, dtype=bf16, stride=2, padding="same"),
     dict(shape=(1, 40, 7, 9), hidden=120, dtype=f16, kernel_size=5),
-    dict(shape=(1, 80, 14, 14), hidden=56, dtype=f16, kernel_size=5, pool=False),
+    dict(shape=(1, 80, 14, 14), hidden=56, dtype=f16, kernel_size=5, reduce=Reduce.NONE),
     dict(shape=(1, 192, 7, 7), hidden=64, dtype=f16, kernel_size=5),
     dict(shape=(1, 12, 30, 33), hidden=20, kernel_size=5, stride=2),
+    # In training d is stored raw, and its statistics with it, a large mean or not.
+    dict(shape=(2, 24, 15, 17), hidden=72, dtype=f16, norm2=NOTHING, reduce=Reduce.STATISTICS),
+    dict(shape=(2, 16, 13, 9), hidden=40, dtype=bf16, kernel_size=5, stride=2, norm2=NOTHING, reduce=Reduce.STATISTICS),
+    dict(
+        shape=(3, 5, 17, 19), hidden=18, values="offset", padding=0, norm1=NOTHING, norm2=NOTHING,
+        reduce=Reduce.STATISTICS,
+    ),
+    dict(shape=(0, 8, 6, 7), hidden=16, dtype=f16, norm2=NOTHING, reduce=Reduce.STATISTICS),
     # Around the map are zeros, not the activation of what bn1 makes of zero; padding may exceed the window.
     dict(shape=(1, 8, 4, 5), hidden=24, dtype=f16, padding=4, norm2=HARDSWISH),
     dict(shape=(2, 8, 9, 8), hidden=24, dtype=f16, kernel_size=5, stride=2, padding=0, norm1=HARDSWISH),
@@ -98,7 +106,7 @@ CORE: list[dict[str, Any]] = [
     dict(shape=(2, 17, 6, 7), hidden=50, dtype=f16, layout="sliced channels_last"),
     dict(shape=(1, 24, 6, 7), hidden=16, dtype=bf16, values="nonfinite"),
     dict(shape=(0, 8, 6, 7), hidden=16, dtype=f16),
-]
+]  # fmt: skip
 
 
 def _cases() -> Iterator[Case]:
@@ -114,7 +122,7 @@ def _cases() -> Iterator[Case]:
         k, stride = numbers.choice(windows)
         yield ExpandDwconv(
             shape=(2, 24, 6, 10), hidden=33, layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride,
-            norm1=drawn_norm(numbers), norm2=drawn_norm(numbers), pool=numbers.choice((True, False)),
+            norm1=drawn_norm(numbers), norm2=drawn_norm(numbers), reduce=numbers.choice(list(Reduce)),
         )  # fmt: skip
     paddings: tuple[int | str, ...] = (0, 1, 4, "same")
     for (k, stride), padding in itertools.product(windows, paddings):

@@ -76,11 +76,11 @@ def _launches_on_cuda(x: Tensor, *arguments: Any) -> Tensor:
     (expand, *norm1), (depthwise, *norm2) = arguments[:_DEPTHWISE], arguments[_DEPTHWISE:14]
     w1, b1, w2, b2, squeeze_act, gate_act, project, *norm3 = arguments[14:26]
     *window, residual = arguments[26:]
+    reduce = Reduce.NONE if w1 is None else Reduce.MEAN
     if expand is not None and _expands_inside(x, depthwise, window):
-        d, pooled = EXPAND_DWCONV("cuda", x, expand.flatten(1), *norm1, depthwise, *norm2, *window, w1 is not None)
+        d, pooled = EXPAND_DWCONV("cuda", x, expand.flatten(1), *norm1, depthwise, *norm2, *window, reduce)
     else:
         e = x if expand is None else POINTWISE_INFERENCE("cuda", x, expand.flatten(1), *norm1, None, None)
-        reduce = Reduce.NONE if w1 is None else Reduce.MEAN
         d, pooled = DWCONV("cuda", e, depthwise, *NO_NORM, *norm2, *window, reduce)
     gate = None
     if w1 is not None:
