@@ -60,7 +60,7 @@ Tensor bn_residual(const Tensor& x, const Tensor& mean, const Tensor& var, std::
   const auto factor = dense_vector(scale, {p.x.n, p.x.c}, x, "effkernels::bn_residual: scale");
   p.factor = data_of(factor);
   if (residual) p.other = map_like(*residual, x, "effkernels::bn_residual: residual");
-  const Tensor y = empty_map(x, p.x.h, p.x.w, is_channels_last(x));
+  const Tensor y = empty_map(x, {p.x.n, p.x.c, p.x.h, p.x.w}, is_channels_last(x));
   p.y = map_of(y);
   run_norm_pass(p);
   return y;
@@ -110,7 +110,7 @@ Tensor bn_backward(const Tensor& grad, std::optional<Tensor> scale, std::optiona
                    double eps, int64_t act, std::optional<Tensor> grad_means) {
   BackwardPass pass("effkernels::bn_backward", NormPassParams::kBackward, grad, scale, shift, x, mean, var, gamma, beta,
                     eps, act, grad_means);
-  const Tensor out = empty_map(x, pass.p.x.h, pass.p.x.w, is_channels_last(x));
+  const Tensor out = empty_map(x, {pass.p.x.n, pass.p.x.c, pass.p.x.h, pass.p.x.w}, is_channels_last(x));
   pass.p.y = map_of(out);
   run_norm_pass(pass.p);
   return out;

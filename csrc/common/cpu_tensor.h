@@ -62,12 +62,11 @@ inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> s
   return t;
 }
 
-// An uninitialised map of the dtype and layout of x.
-inline Tensor empty_map(const Tensor& x, int64_t h, int64_t w, bool channels_last) {
-  const int64_t sizes[] = {x.size(0), x.size(1), h, w};
+// An uninitialised map of the dtype of x.
+inline Tensor empty_map(const Tensor& x, std::initializer_list<int64_t> sizes, bool channels_last) {
   int64_t strides[4];
-  dense_strides(sizes, channels_last, strides);
-  return empty_strided(x, {sizes[0], sizes[1], h, w}, strides, x.scalar_type());
+  dense_strides(sizes.begin(), channels_last, strides);
+  return empty_strided(x, sizes, strides, x.scalar_type());
 }
 
 inline Tensor empty_vector(const Tensor& x, int64_t n, ScalarType dtype) {

@@ -36,6 +36,12 @@ struct Map {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
+// A 1x1 convolution of x whose output, of `channels` channels, a kernel works on though it is not in memory.
+struct Expansion {
+  Map x;               // null: there is none, the output is a map
+  const void* weight;  // [channels, x.c], dense, of the dtype of x
+};
+
 // scale * z + shift per channel, of compute_t, where not null; then an activation.
 struct Affine {
   const void* scale;

@@ -49,10 +49,7 @@ Tensor run(ConvParams p, const void* packed, const Tensor& x, const Optional& sh
   p.out_w = out_w;
   p.packed = packed;
   p.channels_last = is_channels_last(x);
-  const int64_t sizes[] = {n, p.out_c, out_h, out_w};
-  int64_t strides[4];
-  dense_strides(sizes, p.channels_last, strides);
-  const Tensor y = empty_strided(x, {n, p.out_c, out_h, out_w}, strides, x.scalar_type());
+  const Tensor y = empty_map(x, {n, p.out_c, out_h, out_w}, p.channels_last);
   p.y = y.mutable_data_ptr();
   EFFK_CPU_FUNCTION(conv_plan)(p, torch::stable::get_num_threads());
   const auto kernel = EFFK_CPU_FUNCTION(conv_run);

@@ -1,6 +1,8 @@
 #include "cpu_kernel.h"
 
 #include "depthwise.h"
+#include "expand_rows.h"
+#include "matmul.h"
 
 namespace effk {
 namespace {
@@ -56,19 +58,20 @@ void clear_rings(const Layout<C>& size, C* scratch) {
   for (int64_t i = 0; i < size.lines; i += kLanes<C>) store(scratch + i, Vec<C>{});
 }
 
-// One unit's channels of a map, and of its output from the unit's first row on; strides are in elements.
-template <class In, class Out>
+// One unit's channels of a map's rows, and of its output from the unit's first row on; strides are in elements.
+template <class Out>
 struct View {
-  const In* x;
-  int64_t stride_c, stride_h, stride_w;
+  int64_t stride_c, stride_w;
+  int64_t ahead;  // from a row to the next one, which is fetched meanwhile
   Out* y;
   int64_t y_pixel;   // from one pixel to the next; channels are next to each other
   int64_t channels;  // in memory, at least the unit's
 };
 
-template <class In, class Out>
-void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>& view, ConvRow<compute_t<In>> conv,
-                       const Layout<compute_t<In>>& size, compute_t<In>* scratch) {
+// row_of_x(i) is row i of the map.
+template <class In, class Out, class RowOfX>
+void run_channels_last(const DwconvParams& p, const Unit& u, const View<Out>& view, RowOfX row_of_x,
+                       ConvRow<compute_t<In>> conv, const Layout<compute_t<In>>& size, compute_t<In>* scratch) {
   using C = compute_t<In>;
   constexpr int V = kLanes<C>;
   const int k = p.kernel_size;
@@ -107,11 +110,10 @@ void run_channels_last(const DwconvParams& p, const Unit& u, const View<In, Out>
     const int ky_begin = static_cast<int>(min64(max64(-top, 0), k));
     const int ky_end = static_cast<int>(max64(min64(p.x.h - top, k), ky_begin));
     for (int64_t in = max64(staged, top); in < top + ky_end; ++in) {
-      auto block = pixels(Block<In, C>{view.x + in * view.stride_h, 0, V * view.stride_c, view.stride_c,
+      auto block = pixels(Block<In, C>{row_of_x(in), 0, V * view.stride_c, view.stride_c,
                                        rings + in % k * size.row + left * V, 0, size.ring},
                           view.stride_w, V, columns);
-      // The row that takes its place: its loads would wait for memory. (A single vector comes from a tile in the cache.)
-      block.ahead = vectors == 1 ? 0 : p.stride * view.stride_h;
+      block.ahead = p.stride * view.ahead;  // the row that takes its place: its loads would wait for memory
       transform_in(block, prologue, nullptr);
     }
     staged = max64(staged, top + ky_end);
@@ -168,7 +170,8 @@ void run_transposed(const DwconvParams& p, const Unit& u, ConvRow<compute_t<T>> 
     transpose<C>(rows);
     for (int64_t j = 0; j < V; ++j) store(in + (i + j) * V, rows[j]);
   }
-  run_channels_last<C, T>(p, u, {in, 1, p.x.w * V, V, out, V, V}, conv, size, scratch);
+  const auto row = [&](int64_t i) { return in + i * p.x.w * V; };
+  run_channels_last<C, T>(p, u, View<T>{1, V, 0, out, V, V}, row, conv, size, scratch);
   for (int64_t i = 0; i < out_pixels; i += V) {
     for (int64_t j = 0; j < V; ++j) rows[j] = load(out + (i + j) * V);
     transpose<C>(rows);
@@ -288,8 +291,9 @@ constexpr int64_t kMinUnits = 32;  // enough for many cores to share evenly
 
 inline bool lanes_are_channels(const DwconvParams& p) { return p.channels_last || is_transposed(p); }
 
-template <class C>
+template <class T>
 void plan(DwconvParams& p) {
+  using C = compute_t<T>;
   constexpr int64_t V = kLanes<C>, size = sizeof(C);
   const int64_t k = p.kernel_size, s = p.stride, vectors = ceil_div(p.x.c, V), per_vector = Layout<C>(p, 1).size;
   if (p.channels_last) {
@@ -298,7 +302,7 @@ void plan(DwconvParams& p) {
     p.chunk_channels = per_chunk * V;
     const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * ceil_div(vectors, per_chunk), 1));
     p.band_rows = max64(ceil_div(p.out_h, wanted), min64(p.out_h, 4 * k));
-    p.scratch_size = per_chunk * per_vector;
+    p.scratch_size = per_chunk * per_vector + ExpandedRows<T>::scratch_size(p.expand, p.chunk_channels);
   } else if (is_transposed(p)) {
     p.chunk_channels = V;
     p.band_rows = p.out_h;
@@ -314,7 +318,8 @@ void plan(DwconvParams& p) {
   p.chunks = ceil_div(p.x.c, p.chunk_channels);
   p.bands = ceil_div(p.out_h, p.band_rows);
   p.units = p.x.n * p.chunks * p.bands;
-  p.packed_size = lanes_are_channels(p) ? vectors * V * k * k : p.x.c * k * k;
+  p.packed_size = (lanes_are_channels(p) ? vectors * V : p.x.c) * k * k;
+  p.packed_size += packed_expansion_size<T>(p.expand, p.chunks, p.chunk_channels);
 }
 
 template <class T>
@@ -326,6 +331,7 @@ void pack(const DwconvParams& p) {
   const int64_t taps = p.kernel_size * p.kernel_size;
   if (lanes_are_channels(p)) {
     pack_taps(weight, p.x.c, taps, packed);
+    pack_expansion<T>(p.expand, p.x.c, p.chunk_channels, packed + round_up<C>(p.x.c) * taps);
   } else {
     for (int64_t i = 0; i < p.x.c * taps; i += V) {
       const int n = static_cast<int>(min64(p.x.c * taps - i, V));
@@ -345,8 +351,17 @@ void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scr
     const Unit u = unit_at(p, i);
     if (p.channels_last) {
       T* y = static_cast<T*>(p.y) + (u.n * p.out_h + u.row) * p.out_w * p.x.c + u.c;
-      const View<T, T> view{row_of<T>(p.x, u.n, u.c, 0), p.x.stride_c, p.x.stride_h, p.x.stride_w, y, p.x.c, u.channels};
-      run_channels_last<T, T>(p, u, view, row, size, buffer);
+      if (p.expand.x.data) {
+        const C* packed = static_cast<const C*>(p.packed) + round_up<C>(p.x.c) * K * K;
+        ExpandedRows<T> rows(p.expand, packed, u.c / p.chunk_channels, p.chunk_channels, u.channels,
+                             buffer + size.size);
+        const int64_t end = min64((u.row + u.rows - 1) * S - p.pad_top + K, p.x.h);
+        run_channels_last<C, T>(p, u, View<T>{1, rows.stride(), 0, y, p.x.c, u.channels},
+                                [&](int64_t i) { return rows.row(u.n, i, end); }, row, size, buffer);
+      } else {
+        run_channels_last<T, T>(p, u, View<T>{p.x.stride_c, p.x.stride_w, p.x.stride_h, y, p.x.c, u.channels},
+                                [&](int64_t i) { return row_of<T>(p.x, u.n, u.c, i); }, row, size, buffer);
+      }
     } else if (is_transposed(p)) {
       run_transposed<T>(p, u, row, size, buffer);
     } else {
@@ -359,7 +374,9 @@ void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scr
 
 namespace EFFK_ISA {
 
-void dwconv_plan(DwconvParams& p) { p.dtype == Dtype::kFloat64 ? plan<double>(p) : plan<float>(p); }
+void dwconv_plan(DwconvParams& p) {
+  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p); });
+}
 
 void dwconv_pack(const DwconvParams& p) {
   with_storage(p.dtype, [&](auto storage) { pack<decltype(storage)>(p); });

@@ -9,6 +9,7 @@ namespace effk {
 struct DwconvParams {
   Dtype dtype;
   Map x;
+  Expansion expand;    // what x is the output of if it is not in memory; then its pointer is null, and y channels_last
   const void* weight;  // [C, 1, k, k], dense, of `dtype`
   int32_t kernel_size;
   int32_t stride;
@@ -37,7 +38,7 @@ struct DwconvParams {
   void dwconv_pack(const DwconvParams& params);                                                      \
   void dwconv_run(const DwconvParams& params, int64_t first_unit, int64_t last_unit, void* scratch); \
   }
-EFFK_EACH_ISA(EFFK_DECLARE)
+EFFK_EACH_PRODUCT_ISA(EFFK_DECLARE)
 #undef EFFK_DECLARE
 
 }  // namespace effk

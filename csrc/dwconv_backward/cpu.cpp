@@ -1,18 +1,21 @@
-// effkernels::dwconv_backward.cpp, the backward of the depthwise convolution on the CPU.
+// effkernels::dwconv_backward.cpp and effkernels::expand_dwconv_backward.cpp on the CPU.
 #include "common/cpu_tensor.h"
 #include "cpu_kernel.h"
+#include "expand_tensor.h"
 
 namespace effk {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
+// With respect to x, or to its expansion.
+std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& y, const Tensor& mean2,
     const Tensor& var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
-    std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x, std::optional<Tensor> mean1,
-    std::optional<Tensor> var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1, int64_t act1,
+    std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x, const std::optional<Tensor>& expand,
+    std::optional<Tensor> mean1, std::optional<Tensor> var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1, int64_t act1,
     int64_t stride, int64_t pad_top, int64_t pad_left, bool need_input, bool need_weight) {
   const Dtype dtype = dtype_of(x);
-  const Map map = map_of(x), raw = map_of(y, "y");
+  const ExpandedMap source(x, expand);
+  const Map map = source.map(), raw = map_of(y, "y");
   const int64_t c = map.c, k = weight.size(2);
   require(weight.scalar_type() == x.scalar_type() && has_shape(weight, {c, 1, k, k}) && (k == 3 || k == 5 || k == 7),
           "effkernels::dwconv_backward: weight must be [C, 1, k, k] with k 3, 5 or 7, of the dtype of x");
@@ -30,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
   const ScalarType wide = statistics_dtype(x);
   const bool need_sums = need_input && mean1;
   const Tensor grad_norm =
-      need_input ? empty_map(x, map.h, map.w, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
+      need_input ? empty_map(x, {map.n, c, map.h, map.w}, expand || is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
   const int64_t weight_strides[] = {k * k, k * k, k, 1};
   const Tensor grad_weight =
       need_weight ? empty_strided(x, {c, 1, k, k}, weight_strides, wide) : empty_vector(x, 0, wide);
@@ -41,6 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
   p.grad = map_of(grad, "grad");
   p.y = raw;
   p.x = map;
+  p.expand = source.expansion();
   if (need_input) p.grad_norm = map_of(grad_norm);
   p.weight = filter.const_data_ptr();
   p.kernel_size = static_cast<int32_t>(k);
@@ -76,7 +80,30 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
   return {grad_norm, grad_weight, sums};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) { m.impl("dwconv_backward.cpp", TORCH_BOX(&dwconv_backward)); }
+std::tuple<Tensor, Tensor, Tensor> dwconv_backward(
+    const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& y, const Tensor& mean2,
+    const Tensor& var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
+    std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x, std::optional<Tensor> mean1,
+    std::optional<Tensor> var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1, int64_t act1,
+    int64_t stride, int64_t pad_top, int64_t pad_left, bool need_input, bool need_weight) {
+  return backward(grad, scale, shift, y, mean2, var2, gamma2, beta2, eps2, act2, grad_means, weight, x, std::nullopt,
+                  mean1, var1, gamma1, beta1, eps1, act1, stride, pad_top, pad_left, need_input, need_weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> expand_dwconv_backward(
+    const Tensor& grad, std::optional<Tensor> scale, std::optional<Tensor> shift, const Tensor& y, const Tensor& mean2,
+    const Tensor& var2, std::optional<Tensor> gamma2, std::optional<Tensor> beta2, double eps2, int64_t act2,
+    std::optional<Tensor> grad_means, const Tensor& weight, const Tensor& x, const Tensor& expand, const Tensor& mean1,
+    const Tensor& var1, std::optional<Tensor> gamma1, std::optional<Tensor> beta1, double eps1, int64_t act1,
+    int64_t stride, int64_t pad_top, int64_t pad_left, bool need_input, bool need_weight) {
+  return backward(grad, scale, shift, y, mean2, var2, gamma2, beta2, eps2, act2, grad_means, weight, x, expand, mean1,
+                  var1, gamma1, beta1, eps1, act1, stride, pad_top, pad_left, need_input, need_weight);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
+  m.impl("dwconv_backward.cpp", TORCH_BOX(&dwconv_backward));
+  m.impl("expand_dwconv_backward.cpp", TORCH_BOX(&expand_dwconv_backward));
+}
 
 }  // namespace
 }  // namespace effk

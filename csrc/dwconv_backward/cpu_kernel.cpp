@@ -1,5 +1,8 @@
 #include "cpu_kernel.h"
 
+#include "common/depthwise.h"
+#include "common/expand_rows.h"
+#include "common/matmul.h"
 #include "common/tile.h"
 
 namespace effk {
@@ -38,7 +41,7 @@ struct Layout {
 // dh [columns * S], and the products of h [columns * S] with the rows of dy added to dw [K * K]: for the kernel's rows
 // J, J + S, ... and columns `begin` to `end` of dy.
 template <class C>
-using Rows = void (*)(const C* const* dy, const C* weights, const C* h, C* dh, C* dw, int64_t begin, int64_t end);
+using ConvolveRow = void (*)(const C* const* dy, const C* weights, const C* h, C* dh, C* dw, int64_t begin, int64_t end);
 
 template <class C, int K, int S, int J, bool kInput, bool kWeight>
 void convolve(const C* const* dy, const C* weights, const C* h, C* dh, C* dw, int64_t begin, int64_t end) {
@@ -71,7 +74,7 @@ void convolve(const C* const* dy, const C* weights, const C* h, C* dh, C* dw, in
 }
 
 template <class C, int K, int S, int J>
-Rows<C> convolve_for(bool input, bool weight) {
+ConvolveRow<C> convolve_for(bool input, bool weight) {
   return !weight ? &convolve<C, K, S, J, true, false>
          : input ? &convolve<C, K, S, J, true, true>
                  : &convolve<C, K, S, J, false, true>;
@@ -79,7 +82,7 @@ Rows<C> convolve_for(bool input, bool weight) {
 
 // The functions for even and odd rows; for stride 1 there is one.
 template <class C>
-void choose(const DwconvBackwardParams& p, Rows<C>* rows) {
+void choose(const DwconvBackwardParams& p, ConvolveRow<C>* rows) {
   const bool input = p.grad_norm.data, weight = p.need_weight;
   const auto with_size = [&](auto size) {
     constexpr int K = size;
@@ -199,10 +202,14 @@ void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
   C* sums = dw + layout.vectors * taps * V;        // [vectors][2]
   C* x_buffer = sums + layout.vectors * 2 * V;
   C *buffer = x_buffer + layout.buffer, *other = buffer + layout.buffer;
+  std::optional<ExpandedRows<T>> expanded;
+  if (p.expand.x.data)
+    expanded.emplace(p.expand, static_cast<const C*>(p.packed) + p.padded * taps, chunk, p.chunk_channels, u.count,
+                     other + layout.buffer);
   for (C* at = ring; at < slopes; at += V) store(at, Vec<C>{});
   for (C* at = dw; at < x_buffer; at += V) store(at, Vec<C>{});
 
-  Rows<C> convolve_row[2];
+  ConvolveRow<C> convolve_row[2];
   choose<C>(p, convolve_row);
   StageGradient<C> gradient = nullptr;
   StageInput<C> input = nullptr;
@@ -219,7 +226,8 @@ void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
       const Tile<C> y = load_tile<T>(p.y, n, staged * p.y.w, p.y.w, u.c, u.count, other);
       gradient(p, u, grad, y, ring + staged % (layout.reach + 1) * dy_row + layout.reach * V, ring_size);
     }
-    const Tile<C> x = load_tile<T>(p.x, n, row * p.x.w, p.x.w, u.c, u.count, x_buffer);
+    const Tile<C> x = expanded ? Tile<C>{expanded->row(n, row, end), expanded->stride(), 0}
+                               : load_tile<T>(p.x, n, row * p.x.w, p.x.w, u.c, u.count, x_buffer);
     input(p, u, x, h + left, slopes + left, x_size);
     for (int64_t v = 0; v < vectors; ++v) {
       const C* dy[7];
@@ -244,8 +252,9 @@ void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
   }
 }
 
-template <class C>
+template <class T>
 void plan(DwconvBackwardParams& p) {
+  using C = compute_t<T>;
   const int64_t taps = p.kernel_size * p.kernel_size, vectors = ceil_div(p.x.c, kLanes<C>);
   p.chunk_channels = kLanes<C>;
   const int64_t fitting = max64(min64(kChunkBytes / Layout<C>(p).bytes(taps), vectors), 1);
@@ -257,29 +266,26 @@ void plan(DwconvBackwardParams& p) {
   p.bands = ceil_div(p.x.h, p.band_rows);
   p.units = p.x.n * p.chunks * p.bands;
   p.padded = round_up<C>(p.x.c);
-  p.packed_size = p.padded * taps * sizeof(C);
+  p.packed_size = (p.padded * taps + packed_expansion_size<T>(p.expand, p.chunks, p.chunk_channels)) * sizeof(C);
   p.products_size = p.need_weight ? p.x.n * p.bands * taps * p.padded * sizeof(C) : 0;
-  p.scratch_size = Layout<C>(p).bytes(taps);
+  p.scratch_size = Layout<C>(p).bytes(taps) + ExpandedRows<T>::scratch_size(p.expand, p.chunk_channels) * sizeof(C);
 }
 
-// [C / lanes][k * k][lanes], zero past the last channel.
 template <class T>
 void pack(const DwconvBackwardParams& p) {
-  using C = compute_t<T>;
-  constexpr int64_t V = kLanes<C>;
   const int64_t taps = p.kernel_size * p.kernel_size;
-  const T* weight = static_cast<const T*>(p.weight);
-  C* packed = static_cast<C*>(p.packed);
-  for (int64_t c = 0; c < p.x.c; c += V)
-    for (int64_t t = 0; t < taps; ++t)
-      store(packed + c * taps + t * V, load_strided(weight + c * taps + t, taps, static_cast<int>(min64(p.x.c - c, V))));
+  compute_t<T>* packed = static_cast<compute_t<T>*>(p.packed);
+  pack_taps(static_cast<const T*>(p.weight), p.x.c, taps, packed);
+  pack_expansion<T>(p.expand, p.x.c, p.chunk_channels, packed + p.padded * taps);
 }
 
 }  // namespace
 
 namespace EFFK_ISA {
 
-void dwconv_backward_plan(DwconvBackwardParams& p) { p.dtype == Dtype::kFloat64 ? plan<double>(p) : plan<float>(p); }
+void dwconv_backward_plan(DwconvBackwardParams& p) {
+  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p); });
+}
 
 void dwconv_backward_pack(const DwconvBackwardParams& p) {
   with_storage(p.dtype, [&](auto storage) { pack<decltype(storage)>(p); });

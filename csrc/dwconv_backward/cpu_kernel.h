@@ -10,6 +10,7 @@ struct DwconvBackwardParams {
   Dtype dtype;
   Map grad, y;         // [N, C, out_h, out_w]: (grad * scale + shift) is the gradient of act(after(y))
   Map x;               // [N, C, H, W]; the convolution's input is act(before(x))
+  Expansion expand;    // what x is the output of if it is not in memory; then its pointer is null
   Map grad_norm;       // like x, dense: the gradient of before(x); null: not needed
   const void* weight;  // [C, 1, k, k], dense, of `dtype`
   int32_t kernel_size, stride;
@@ -36,7 +37,7 @@ struct DwconvBackwardParams {
   void dwconv_backward_pack(const DwconvBackwardParams& params);                                          \
   void dwconv_backward_run(const DwconvBackwardParams& params, int64_t first, int64_t last, void* scratch); \
   }
-EFFK_EACH_ISA(EFFK_DECLARE)
+EFFK_EACH_PRODUCT_ISA(EFFK_DECLARE)
 #undef EFFK_DECLARE
 
 }  // namespace effk

@@ -12,7 +12,7 @@ inline std::tuple<std::optional<Tensor>, std::optional<Tensor>> map_pass(const T
                                                                          Reduce reduce) {
   const bool channels_last = is_channels_last(x);
   std::optional<Tensor> y, sums;
-  if (store) y = empty_map(x, x.size(2), x.size(3), channels_last);
+  if (store) y = empty_map(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last);
 
   MapPassParams p{};
   p.dtype = dtype_of(x);

@@ -101,10 +101,8 @@ Tensor run(MbconvParams p, const void* packed, const Tensor& x, int64_t stride, 
   p.out_w = out_w;
   p.residual = residual;
   p.channels_last = is_channels_last(x);
-  const int64_t n = x.size(0), sizes[] = {n, p.out_c, out_h, out_w};
-  int64_t strides[4];
-  dense_strides(sizes, p.channels_last, strides);
-  const Tensor y = empty_strided(x, {n, p.out_c, out_h, out_w}, strides, x.scalar_type());
+  const int64_t n = x.size(0);
+  const Tensor y = empty_map(x, {n, p.out_c, out_h, out_w}, p.channels_last);
   p.y = y.mutable_data_ptr();
 
   // Whole images need no barrier, and each thread finds in its cache what it wrote. A few that do not divide are shared.

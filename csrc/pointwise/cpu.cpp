@@ -26,10 +26,7 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   const Tensor matrix = torch::stable::contiguous(weight);
   const auto gates = dense_vector(gate, {map.n, map.c}, x, "effkernels::pointwise: gate");
   const auto biases = dense_vector(bias, {outputs}, x, "effkernels::pointwise: bias");
-  const int64_t sizes[] = {map.n, outputs, map.h, map.w};
-  int64_t strides[4];
-  dense_strides(sizes, is_channels_last(x), strides);
-  const Tensor y = empty_strided(x, {map.n, outputs, map.h, map.w}, strides, x.scalar_type());
+  const Tensor y = empty_map(x, {map.n, outputs, map.h, map.w}, is_channels_last(x));
 
   PointwiseParams p{};
   p.dtype = dtype;
@@ -78,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   const auto gates = dense_vector(gate, {map.n, map.c}, x, "effkernels::pointwise_backward: gate");
   const ScalarType wide = statistics_dtype(x);
   const Tensor grad_gated =
-      need_input ? empty_map(x, map.h, map.w, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
+      need_input ? empty_map(x, {map.n, map.c, map.h, map.w}, is_channels_last(x)) : empty_vector(x, 0, x.scalar_type());
   const Tensor grad_weight = need_weight ? empty_matrix(x, outputs, map.c, wide) : empty_vector(x, 0, wide);
   const bool need_sums = need_input && mean1;
   const int64_t sums_strides[] = {std::max<int64_t>(map.n, 1) * map.c, map.c, 1};

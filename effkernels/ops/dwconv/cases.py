@@ -99,9 +99,13 @@ class DwconvBackward(Case):
     needs: tuple[bool, bool] = (True, True)
     grad_layout: str = ""  # by default dense, and as x
 
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
     def make(self) -> tuple[Any, ...]:
-        n, channels, height, width = self.shape
-        k = self.kernel_size
+        n, _, height, width = self.shape
+        channels, k = self.channels, self.kernel_size
         top, out_h = resolve_padding("dwconv", self.padding, height, k, self.stride)
         left, out_w = resolve_padding("dwconv", self.padding, width, k, self.stride)
         out = (n, channels, out_h, out_w)
@@ -113,19 +117,25 @@ class DwconvBackward(Case):
         vectors = image_vectors(out, self.dtype, self.scaled)
         return grad, *vectors, y, *norms[0], means, weight, x, *norms[1], self.stride, top, left, *self.needs
 
+    @staticmethod
+    def of_dwconv_backward(arguments: Sequence[Any]) -> Sequence[Any]:
+        """What `dwconv_backward` would be given."""
+        return arguments
+
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
-        eager, exact = (reference.dwconv_backward(*a) for a in (arguments, as_float64(arguments)))
+        runs = [self.of_dwconv_backward(a) for a in (arguments, as_float64(arguments))]
+        eager, exact = (reference.dwconv_backward(*run) for run in runs)
         for i, name in enumerate(("grad_norm", "grad_weight")):
             if self.needs[i]:
                 yield Comparison(name, outputs[i], eager[i], exact[i])
         if outputs[2].numel() == 0:
             return
-        x, mean, var, eps = (arguments[i] for i in (12, 13, 14, 17))
         sums = []
         for dtype in (outputs[2].dtype, f64):
+            wide = self.of_dwconv_backward([a.to(dtype) if isinstance(a, Tensor) else a for a in arguments])
+            x, mean, var, eps = (wide[i] for i in (12, 13, 14, 17))
             dz = outputs[0].to(dtype)
-            product = dz * normalized(x.to(dtype), mean.to(dtype), var.to(dtype), eps)
-            sums.append(torch.stack([dz.sum((0, 2, 3)), product.sum((0, 2, 3))]))
+            sums.append(torch.stack([dz.sum((0, 2, 3)), (dz * normalized(x, mean, var, eps)).sum((0, 2, 3))]))
         yield Comparison("sums", outputs[2], *sums)
 
 

@@ -1,4 +1,4 @@
-"""Cases of `expand_dwconv`."""
+"""Cases of `expand_dwconv` and `expand_dwconv_backward`."""
 
 import itertools
 import random
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effkernels.ops._activation import Activation
@@ -23,11 +24,12 @@ from effkernels.ops._cases import (
 )
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.cases import compare_sums
+from effkernels.ops.batch_norm.cases import SMOOTH, compare_sums
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv import STRIDES
+from effkernels.ops.dwconv.cases import DwconvBackward
 from effkernels.ops.expand_dwconv import reference
-from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD
 
 KERNEL_SIZES = (3, 5)
 SILU, HARDSWISH, NOTHING = Norm(Activation.SILU), Norm(Activation.HARDSWISH), Norm(statistics=False)
@@ -75,7 +77,32 @@ class ExpandDwconv(Case):
         yield from compare_sums(sums, d, reduce)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpandDwconvBackward(DwconvBackward):
+    op: ClassVar[Op] = EXPAND_DWCONV_BACKWARD
+    hidden: int
+    layout: str = "channels_last"
+    prologue: Norm = SILU
+    scaled: bool = True
+
+    @property
+    def channels(self) -> int:
+        return self.hidden
+
+    def make(self) -> tuple[Any, ...]:
+        given = super().make()
+        channels = self.shape[1]
+        expand = (torch.randn(self.hidden, channels) / channels**0.5).to(self.dtype)
+        return *given[:13], expand, *given[13:]
+
+    @staticmethod
+    def of_dwconv_backward(arguments: Sequence[Any]) -> Sequence[Any]:
+        *before, x, expand = arguments[:14]
+        return *before, F.conv2d(x, expand[:, :, None, None]), *arguments[14:]
+
+
 f32, f16, bf16 = DTYPES
+f64 = torch.float64
 
 CORE: list[dict[str, Any]] = [
     # One pixel, row, column, channel.
@@ -107,6 +134,20 @@ CORE: list[dict[str, Any]] = [
     dict(shape=(1, 24, 6, 7), hidden=16, dtype=bf16, values="nonfinite"),
     dict(shape=(0, 8, 6, 7), hidden=16, dtype=f16),
 ]  # fmt: skip
+CORE_BACKWARD: list[dict[str, Any]] = [
+    dict(shape=(3, 2, 1, 1), hidden=3),
+    dict(shape=(2, 3, 7, 1), hidden=20, dtype=bf16, kernel_size=5, scaled=False, fixed=True),
+    # As a network calls it; several tiles, groups of channels, and the last ones hanging over.
+    dict(shape=(1, 24, 15, 17), hidden=72, dtype=f16),
+    dict(shape=(2, 16, 14, 14), hidden=96, dtype=bf16, stride=2, padding="same"),
+    dict(shape=(1, 40, 7, 9), hidden=120, dtype=f16, kernel_size=5),
+    dict(shape=(1, 12, 30, 33), hidden=20, kernel_size=5, stride=2),
+    dict(shape=(1, 8, 9, 10), hidden=24, dtype=f16, kernel_size=7, prologue=HARDSWISH),
+    # Channels that are no whole vectors, one gradient only, slices, nothing.
+    dict(shape=(2, 17, 6, 7), hidden=35, stride=2, padding="same", needs=(True, False)),
+    dict(shape=(2, 17, 6, 7), hidden=50, dtype=f16, layout="sliced channels_last", needs=(False, True)),
+    dict(shape=(0, 8, 6, 7), hidden=16, dtype=f16),
+]
 
 
 def _cases() -> Iterator[Case]:
@@ -118,8 +159,22 @@ def _cases() -> Iterator[Case]:
         yield ExpandDwconv(
             tag="instance", shape=(1, 24, 16, 18), hidden=48, dtype=dtype, kernel_size=k, stride=stride, padding="same"
         )
+    for backward in CORE_BACKWARD:
+        yield ExpandDwconvBackward(tag="core", **backward)
+    for (k, stride), dtype in itertools.product(itertools.product((3, 5, 7), STRIDES), (*DTYPES, f64)):
+        yield ExpandDwconvBackward(
+            tag="instance", shape=(2, 24, 16, 18), hidden=48, dtype=dtype, kernel_size=k, stride=stride, padding="same"
+        )
+        yield ExpandDwconvBackward(
+            shape=(1, 18, 40, 33), hidden=70, dtype=dtype, kernel_size=k, stride=stride,
+            padding=numbers.choice((0, 1, 4)), epilogue=Norm(numbers.choice(SMOOTH)),
+            prologue=Norm(numbers.choice(SMOOTH)),
+        )  # fmt: skip
     for cut, memory, dtype in itertools.product(CUTS, ("nchw", "channels_last"), (f32, f16)):
         k, stride = numbers.choice(windows)
+        yield ExpandDwconvBackward(
+            shape=(2, 24, 6, 10), hidden=33, layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride
+        )
         yield ExpandDwconv(
             shape=(2, 24, 6, 10), hidden=33, layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride,
             norm1=drawn_norm(numbers), norm2=drawn_norm(numbers), reduce=numbers.choice(list(Reduce)),

@@ -1,4 +1,4 @@
-"""The expansion and the depthwise convolution in one kernel: `expand_dwconv`."""
+"""The expansion and the depthwise convolution in one kernel: `expand_dwconv` and `expand_dwconv_backward`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effkernels.ops._geometry import covered
 from effkernels.ops._op import Flops, Op
-from effkernels.ops.batch_norm.op import fake_sums
+from effkernels.ops.batch_norm.op import fake_sums, statistics_dtype
 
 
 def _expand_dwconv_fake(x: Tensor, expand: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -32,15 +32,54 @@ def _expand_dwconv_flops(x: Tensor, expand: Tensor, *rest: Any) -> Flops:
 
 # d = act2(bn2(dwconv(act1(bn1(expand x))))), with zeros around the expanded map; expand is [hidden, C], depthwise
 # [hidden, 1, k, k] with k 3 or 5, and d in channels_last, whatever x is. `reduce` adds what it adds to `dwconv`. The
-# expanded map is rounded to the dtype of x, and never stored. C is limited by shared memory.
+# expanded map is never stored; CUDA rounds it to the dtype of x, and takes as many C as fit its shared memory.
 EXPAND_DWCONV = Op(
     "expand_dwconv",
     "(Tensor x,"
     " Tensor expand, Tensor? mean1, Tensor? var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
     " Tensor depthwise, Tensor? mean2, Tensor? var2, Tensor? gamma2, Tensor? beta2, float eps2, int act2,"
     " int stride, SymInt pad_top, SymInt pad_left, SymInt out_h, SymInt out_w, int reduce) -> (Tensor d, Tensor sums)",
-    backends=("cuda",),
+    backends=("cpp", "cuda"),
     fake=_expand_dwconv_fake,
     parts_read=_expand_dwconv_parts_read,
     flops=_expand_dwconv_flops,
+)
+
+
+def _expand_dwconv_backward_fake(
+    grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    y: Tensor, mean2: Tensor, var2: Tensor, gamma2: Tensor | None, beta2: Tensor | None, eps2: float, act2: int,
+    grad_means: Tensor | None, weight: Tensor,
+    x: Tensor, expand: Tensor, mean1: Tensor, var1: Tensor, gamma1: Tensor | None, beta1: Tensor | None,
+    eps1: float, act1: int,
+    stride: int, pad_top: int, pad_left: int, need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (n, _, h, w), hidden, wide = x.shape, expand.shape[0], statistics_dtype(x)
+    grad_norm = x.new_empty((n, hidden, h, w)).to(memory_format=torch.channels_last)
+    return (
+        grad_norm if need_input else x.new_empty(0),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=wide),
+        x.new_empty((2, hidden) if need_input else (0,), dtype=wide),
+    )
+
+
+def _expand_dwconv_backward_flops(*arguments: Any) -> Flops:
+    y, weight, x, expand, (need_input, need_weight) = *(arguments[i] for i in (3, 11, 12, 13)), arguments[-2:]
+    depthwise = (need_input + need_weight) * 2 * y.numel() * weight.shape[2] ** 2
+    return Flops(2 * x[:, 0].numel() * expand.numel(), depthwise)
+
+
+# `dwconv_backward` of e = expand x, which is computed again and never stored; expand is [hidden, C]. Its first result,
+# the gradient of bn1(e), is [N, hidden, H, W] in channels_last, whatever x is.
+EXPAND_DWCONV_BACKWARD = Op(
+    "expand_dwconv_backward",
+    "(Tensor grad, Tensor? scale, Tensor? shift,"
+    " Tensor y, Tensor mean2, Tensor var2, Tensor? gamma2, Tensor? beta2, float eps2, int act2,"
+    " Tensor? grad_means, Tensor weight,"
+    " Tensor x, Tensor expand, Tensor mean1, Tensor var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
+    " int stride, SymInt pad_top, SymInt pad_left, bool need_input, bool need_weight)"
+    " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
+    backends=("cpp",),
+    fake=_expand_dwconv_backward_fake,
+    flops=_expand_dwconv_backward_flops,
 )
