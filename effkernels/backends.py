@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -48,11 +48,13 @@ class Decision:
     dtype: torch.dtype
     device: torch.device
     rejected: dict[str, str] = field(default_factory=dict)
+    remark: str = ""  # which way of several the kernels take
 
     def __str__(self) -> str:
         shape, kernels = "x".join(map(str, self.shape)), ", ".join(self.kernels)
         why = "".join(f"\n    not {name}: {reason}" for name, reason in self.rejected.items())
-        return f"{self.op} {shape} {str(self.dtype).removeprefix('torch.')} on {self.device}: {kernels}{why}"
+        call = f"{self.op} {shape} {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"{call}: {kernels} {self.remark}".rstrip() + why
 
 
 _decisions: list[Decision] | None = None
@@ -136,6 +138,12 @@ def choose(op: str, x: Tensor, obstacle: object = None, among: Kernels = OWN) ->
         kernels = among.get(backend, (backend,))
         _decisions.append(Decision(op, backend, kernels, tuple(x.shape), x.dtype, x.device, rejected))
     return backend
+
+
+def remark(text: str) -> None:
+    """Tell `explain` more of the last decision."""
+    if _decisions:
+        _decisions[-1] = replace(_decisions[-1], remark=text)
 
 
 def _warn_slow(x: Tensor, refused: dict[str, str]) -> None:

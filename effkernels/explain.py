@@ -32,6 +32,7 @@ class Explanation:
                 str(d.dtype).removeprefix("torch."),
                 str(d.device),
                 ", ".join(d.kernels),
+                d.remark,
             )
             for d in self.decisions
         )

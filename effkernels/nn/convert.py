@@ -71,8 +71,8 @@ def convert(model: Model, *, memory: str | None = None) -> Model:
 
     Args:
         model: blocks of our own in it are taken as converted.
-        memory: "minimal": in training, an MBConv does not keep its expanded map, the widest, but computes it again
-            backward; or "default". None: as each block has it, at first the default.
+        memory: "minimal": in training, an MBConv does not keep its expanded map, the widest (`ops.mbconv`); or
+            "default". None: as each block has it, at first the default.
 
     Returns:
         `model` itself.

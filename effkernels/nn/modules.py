@@ -224,8 +224,7 @@ class MBConv(_Block):
         activation: "silu", "relu", "relu6", "hardswish" or "identity".
         padding: "auto" (kernel_size // 2), "same" (TensorFlow's, uneven) or a number of rows on each side.
         norm_eps, norm_momentum: of each `nn.BatchNorm2d`.
-        memory: in training, of the kernels: "default", or "minimal", which computes the expanded map again backward
-            rather than keep it.
+        memory: in training, of the kernels: "default", or "minimal", which never keeps the expanded map (`ops.mbconv`).
         device, dtype: of the parameters.
 
     Shape: [N, C, H, W] -> [N, out_channels, Ho, Wo].

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import effkernels
 from effkernels import MBConv, _native, backends, ops, use_backend
 from effkernels.ops._cases import assert_close_to_reference
 from effkernels.ops._op import COMPOSITIONS, OPS
 from effkernels.ops.bn_project import Stage
-from effkernels.ops.mbconv import Gate
-from effkernels.ops.mbconv.op import MBCONV
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV_BACKWARD
+from effkernels.ops.mbconv import CHANNELS_ON_CHIP, Gate
+from effkernels.ops.mbconv.op import MBCONV, Expanded
 from effkernels.profiling import as_on_gpu, count_bytes, on_meta
 from effkernels.profiling.saved import saved_bytes
 
@@ -39,6 +41,25 @@ def kernels(request):
         yield request.param
 
 
+WAYS = {
+    "kept": (Expanded.KEPT, torch.contiguous_format),
+    "kept, channels_last": (Expanded.KEPT, torch.channels_last),
+    "computed again": (Expanded.COMPUTED_AGAIN, torch.channels_last),
+    "on chip": (Expanded.ON_CHIP, torch.channels_last),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, kernels, monkeypatch):
+    """What makes a block have its expanded map kept, computed again or on chip, however many channels it has."""
+    expanded, layout = WAYS[request.param]
+    if expanded == Expanded.ON_CHIP and kernels not in EXPAND_DWCONV_BACKWARD.overloads:
+        pytest.skip(f"{kernels} has no kernels that expand on chip")
+    memory = "default" if expanded == Expanded.KEPT else "minimal"
+    monkeypatch.setitem(CHANNELS_ON_CHIP, memory, 10**6 if expanded == Expanded.ON_CHIP else 0)
+    return dict(layout=layout, memory=memory)
+
+
 def stage(weight: Tensor, *, bias=False, fixed=False, activation="silu") -> Stage:
     channels, dtype = weight.shape[0], weight.dtype
     vectors = [torch.rand(channels, dtype=dtype) + 0.5, torch.randn(channels, dtype=dtype)]
@@ -49,7 +70,7 @@ def stage(weight: Tensor, *, bias=False, fixed=False, activation="silu") -> Stag
 
 def block(
     shape=(2, 3, 5, 4), hidden=5, out=3, k=3, stride=1, expand=True, se=True, fixed=(), bias=False, scale=False,
-    dtype=f64, layout=torch.contiguous_format,
+    dtype=f64, layout=torch.contiguous_format, memory="default",
 ):  # fmt: skip
     """The arguments of `mbconv`, positional and by name; every tensor but buffers and scale requires a gradient."""
     hidden = hidden if expand else shape[1]
@@ -73,7 +94,8 @@ def block(
     for t in leaves(x, stages):
         t.requires_grad_()
     factors = torch.tensor([0.0, 1.25], dtype=dtype).repeat(shape[0])[: shape[0]] if scale else None
-    return (x, *stages), dict(stride=stride, scale=factors, residual=stride == 1 and out == shape[1])
+    residual = stride == 1 and out == shape[1]
+    return (x, *stages), dict(stride=stride, scale=factors, residual=residual, memory=memory)
 
 
 def leaves(x, stages):
@@ -101,14 +123,14 @@ def gradients(positional, named, needed=None):
     return y, torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum(), wanted)
 
 
-MINIMAL = {"memory": "minimal"}
 VARIANTS = {
     "whole": dict(scale=True),
     "strided": dict(stride=2, out=4),
     "5x5": dict(k=5),
     "no expand": dict(expand=False),
     "no gate": dict(se=False),
-    "biases": dict(bias=True, fixed=("expand", "project")),
+    "biases": dict(bias=True),
+    "fixed, with biases": dict(bias=True, fixed=("expand", "project")),
     **{
         "fixed " + "-".join(fixed): dict(fixed=fixed, scale=True)
         for count in (1, 2, 3)
@@ -117,10 +139,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradcheck(variant, layout, kernels):
-    positional, named = block(layout=layout, **VARIANTS[variant])
+def test_gradcheck(variant, way, kernels):
+    positional, named = block(**way, **VARIANTS[variant])
 
     def function(*values):
         return ops.mbconv(*replaced(positional, values), **named)
@@ -129,8 +150,8 @@ def test_gradcheck(variant, layout, kernels):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_agrees_with_eager(variant, kernels):
-    positional, named = block(**VARIANTS[variant])
+def test_agrees_with_eager(variant, way, kernels):
+    positional, named = block(**way, **VARIANTS[variant])
     stages = [s for s in (positional[1], positional[2], positional[4]) if s is not None]
     buffers = [t for s in stages for t in s[4:6]]
     start = [t.clone() for t in buffers]
@@ -142,25 +163,25 @@ def test_agrees_with_eager(variant, kernels):
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("memory", ["default", "minimal"])
 @pytest.mark.parametrize("kind", ["far from zero", "nearly of rank 3"])
-def test_gradients_of_ill_conditioned_inputs(kind, memory, kernels):
-    """Those of x and of the expand weight are as accurate as eager's; by statistics of x, moments would cancel."""
-    (x, *stages), named = block(shape=(4, 12, 9, 8), hidden=40, out=12, dtype=f32)
+def test_gradients_of_ill_conditioned_inputs(kind, way, kernels):
+    """Those of x and of the expand weight are as accurate as eager's, though moments of x cancel."""
+    (x, *stages), named = block(shape=(4, 12, 9, 8), hidden=40, out=12, dtype=f32, **way)
     if kind == "far from zero":
         x.data += 30
     else:
         x.data = torch.einsum("oc,nchw->nohw", torch.randn(12, 3), x[:, :3]) + 1e-3 * x
+        x.data = x.data.contiguous(memory_format=way["layout"])
     unknown = dict(running_mean=None, running_var=None)
     positional = (x, *(s._replace(**unknown) if isinstance(s, Stage) else s for s in stages))
 
-    def found(backend, dtype, memory="default"):
+    def found(backend, dtype):
         given = [v.detach().to(dtype).requires_grad_() for v in leaves(positional[0], positional[1:])]
         arguments = replaced(positional, given)
         with use_backend(backend):
-            return gradients(arguments, named | {"memory": memory}, [arguments[0], arguments[1].weight])[1]
+            return gradients(arguments, named, [arguments[0], arguments[1].weight])[1]
 
-    for got, eager, exact in zip(found(kernels, f32, memory), found("eager", f32), found("eager", f64), strict=True):
+    for got, eager, exact in zip(found(kernels, f32), found("eager", f32), found("eager", f64), strict=True):
         assert_close_to_reference(got, eager, exact)
 
 
@@ -209,26 +230,41 @@ def test_double_use(kernels):
         torch.testing.assert_close(got, twice())
 
 
-@pytest.mark.parametrize("variant", ["whole", "biases", "no expand", "no gate"])
-def test_minimal_memory_gives_the_same_bits(variant, kernels):
+@pytest.mark.parametrize("variant", ["whole", "fixed, with biases", "no expand", "no gate"])
+def test_the_expanded_map_computed_again_gives_the_same_bits(variant, kernels):
     positional, named = block((2, 8, 9, 7), hidden=24, out=8, dtype=f32, **VARIANTS[variant])
-    (y, grads), (minimal_y, minimal_grads) = (gradients(positional, named | kind) for kind in ({}, MINIMAL))
+    memories = dict(memory="default"), dict(memory="minimal")
+    (y, grads), (minimal_y, minimal_grads) = (gradients(positional, named | memory) for memory in memories)
     assert torch.equal(minimal_y, y)
     assert all(map(torch.equal, minimal_grads, grads))
 
 
-@pytest.mark.parametrize("memory", ["default", "minimal"])
 @pytest.mark.parametrize("expand", [True, False])
-def test_saved_for_backward(expand, memory, kernels):
-    """x, the raw outputs of the convolutions, and vectors; of the expanded map only the vectors in minimal memory."""
-    positional, named = block((4, 16, 12, 12), hidden=64, out=16, dtype=f32, expand=expand)
+def test_saved_for_backward(expand, way, kernels):
+    """x, the raw outputs of the convolutions, and vectors; of the expanded map only where it is kept."""
+    positional, named = block((4, 16, 12, 12), hidden=64, out=16, dtype=f32, expand=expand, **way)
     x, *stages = positional
-    kept = saved_bytes(lambda: ops.mbconv(*positional, **named, memory=memory), parameters=leaves(x, stages)[1:])
-    wide = (64 if memory == "minimal" else 2 * 64) if expand else 16  # e and d
+    kept = saved_bytes(lambda: ops.mbconv(*positional, **named), parameters=leaves(x, stages)[1:])
+    wide = (64 if way["memory"] == "minimal" else 2 * 64) if expand else 16  # e and d
     channels = 2 * 16 + wide  # and x and p
     maps = channels * x[:, 0].numel() * 4
-    vectors = (4 * 64 * 4 + 2 * (2 * 64 + 16)) * 4
+    vectors = (4 * 64 * 4 + 2 * (2 * 64 + 16) + 17 * 16) * 4  # and the moments of x
     assert maps < sum(kept) <= maps + vectors
+
+
+def test_the_rule_for_the_expanded_map(kernels):
+    """Few channels, in channels_last, have it on chip, if the backend can."""
+    can = kernels in EXPAND_DWCONV_BACKWARD.overloads
+
+    def told(channels, memory, layout=torch.channels_last):
+        positional, named = block((2, channels, 6, 5), dtype=f32, out=channels, layout=layout, memory=memory)
+        (decision,) = effkernels.explain(ops.mbconv, *positional, **named).decisions
+        return decision.remark.removeprefix("expanded map ")
+
+    assert told(16, "default") == ("on chip" if can else "kept")
+    assert told(32, "minimal") == ("on chip" if can else "computed again")
+    assert told(17, "default") == "kept"
+    assert told(33, "minimal") == told(8, "minimal", torch.contiguous_format) == "computed again"
 
 
 def test_bytes_of_the_forward_pass(kernels):
@@ -240,10 +276,9 @@ def test_bytes_of_the_forward_pass(kernels):
     assert passes <= found <= 1.05 * passes
 
 
-def test_opcheck(kernels):
-    for variant, kind in (("whole", {}), ("no expand", {}), ("no gate", MINIMAL)):
-        positional, named = block(**VARIANTS[variant])
-        named |= kind
+def test_opcheck(way, kernels):
+    for variant in ("whole", "no expand", "no gate"):
+        positional, named = block(**VARIANTS[variant], **way)
         calls = []
         original = MBCONV.__class__.__call__
 

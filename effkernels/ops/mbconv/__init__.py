@@ -1,6 +1,7 @@
 """The MBConv block in training, in one op."""
 
 from torch import Tensor
+from torch._prims_common import is_channels_last_contiguous
 
 from effkernels import backends
 from effkernels.ops import _checks
@@ -11,11 +12,11 @@ from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.bn_project import Stage, check_stage, matrices, stage_tensors
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV_BACKWARD
 from effkernels.ops.mbconv import op, reference
 from effkernels.ops.mbconv_inference import Gate
 
 _NAME = "mbconv"
-MEMORY = ("default", "minimal")
 
 
 def mbconv(
@@ -46,8 +47,9 @@ def mbconv(
         stride, padding: of the depthwise convolution, as for `dwconv_bn_swish`.
         scale: [N], what stochastic depth multiplies each image of the branch by.
         residual: whether x is added, which then has the shape of the output.
-        memory: "minimal": the expand convolution's output, the widest map, is not kept for backward but computed again
-            there, to the same bits; or "default".
+        memory: of the expand convolution's output, the widest map: "minimal" does not keep it for backward, "default"
+            does. A static rule (`where_expanded`; `effkernels.explain` tells) says which blocks have it on chip only,
+            in both passes, by either of them; in others "minimal" computes it again, to the same bits.
 
     Returns:
         [N, O, Ho, Wo] in the dtype and layout of x.
@@ -86,12 +88,16 @@ def mbconv(
     groups = [group_name(_NAME, s.process_group if s and s.training else None, backend) for s in stages]
     if backend == "eager":
         return reference.mbconv(x, expand, depthwise, squeeze_excite, project, window, scale, residual)
+    expanded = op.Expanded.KEPT
+    if expand is not None:
+        expanded = where_expanded(backend, x, expand, memory)
+        backends.remark(str(expanded))
     acts = [ACTIVATIONS[stage.activation] if stage else 0 for stage in (expand, depthwise)]
     weights: tuple[Tensor | None, ...] = (None,) * 4
     if squeeze_excite is not None:
         weights = matrices(squeeze_excite)
         acts += ACTIVATIONS[squeeze_excite.activation], GATES[squeeze_excite.gate]
-    y, *_, stats1, stats2, stats3, _, _ = op.MBCONV(
+    y, *_, stats1, stats2, stats3, _, _, _ = op.MBCONV(
         backend,
         x,
         *((None,) * 6 if expand is None else stage_tensors(expand)),
@@ -100,7 +106,7 @@ def mbconv(
         *stage_tensors(project),
         None if scale is None else scale.to(statistics_dtype(x)),
         residual,
-        memory == "default",
+        expanded,
         groups,
         [stage.eps if stage else 0.0 for stage in stages],
         acts + [0] * (4 - len(acts)),
@@ -117,6 +123,23 @@ def mbconv(
     return y
 
 
+# Up to so many channels of x, expanding it in both passes takes no longer than what would be stored takes to travel, or
+# little longer for minimal memory: measured on CPUs (docs/training.md).
+CHANNELS_ON_CHIP = {"default": 16, "minimal": 32}
+
+
+def where_expanded(backend: str, x: Tensor, expand: Stage, memory: str) -> op.Expanded:
+    """The static rule: by the backend, the layout, the channels and the BatchNorm."""
+    possible = (
+        backend in EXPAND_DWCONV_BACKWARD.overloads
+        and is_channels_last_contiguous(x)
+        and not (expand.training and expand.process_group)  # whose statistics are of all processes
+    )
+    if possible and x.shape[1] <= CHANNELS_ON_CHIP[memory]:
+        return op.Expanded.ON_CHIP
+    return op.Expanded.KEPT if memory == "default" else op.Expanded.COMPUTED_AGAIN
+
+
 def check_memory(name: str, memory: str) -> None:
-    if memory not in MEMORY:
-        raise ValueError(f"{name}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    if memory not in CHANNELS_ON_CHIP:
+        raise ValueError(f"{name}: memory must be one of {', '.join(CHANNELS_ON_CHIP)}, got {memory!r}")

@@ -1,10 +1,11 @@
 """The MBConv block in training: `mbconv`, one differentiable fusion of the phases.
 
 Only raw convolution outputs are stored: e, d and p, each with its batch statistics from the pass that writes it. The
-next phase normalises and activates on load, forward and again backward.
+next phase normalises and activates on load, forward and again backward. e, the widest, may also exist on chip only.
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -13,11 +14,23 @@ from torch._prims_common import suggest_memory_format
 
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
-from effkernels.ops.batch_norm.op import Reduce, settled, statistics_dtype
-from effkernels.ops.batch_norm.synchronised import means_of_all
+from effkernels.ops.batch_norm.op import BN_STATISTICS, Reduce, settled, statistics_dtype
+from effkernels.ops.batch_norm.synchronised import count, means_of_all
 from effkernels.ops.bn_project.op import backward_by_name, cast, given, of_norm, project, project_backward, reduction
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
+
+
+class Expanded(IntEnum):
+    """What becomes of the expanded map e."""
+
+    KEPT = 0  # from the forward to the backward pass
+    COMPUTED_AGAIN = 1  # by the backward pass, in memory
+    ON_CHIP = 2  # it is in memory in neither of the passes
+
+    def __str__(self) -> str:
+        return f"expanded map {self.name.lower().replace('_', ' ')}"
 
 
 def _forward(
@@ -28,8 +41,8 @@ def _forward(
     v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
     w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
     mean3: Tensor | None, var3: Tensor | None,
-    scale: Tensor | None, residual: bool, keep: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
-    window: Sequence[int],
+    scale: Tensor | None, residual: bool, expanded: int, groups: Sequence[str], eps: Sequence[float],
+    acts: Sequence[int], window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     group1, group2, group3 = groups
     eps1, eps2, eps3 = eps
@@ -38,23 +51,54 @@ def _forward(
     wide = statistics_dtype(x)
     w1, w2, w3 = cast(x, w1, w2, w3)
 
-    prologue: tuple[Any, ...] = NO_NORM
+    bias1 = None if bias1 is None else bias1.to(wide)
+    e, stats1, moments = x.new_empty(0), x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
     if w1 is None:
-        e, stats1 = x.new_empty(0), x.new_empty(0, dtype=wide)
         d, stats2 = DWCONV(backend, x, w2, *NO_NORM, *NO_NORM, stride, *rest, reduction(mean2))
+    elif expanded == Expanded.ON_CHIP:
+        if mean1 is None:
+            moments = moments_of(backend, x)
+            stats1 = expanded_statistics(moments, w1, bias1)
+        stats1 = settled(stats1, mean1, var1, x, group1)
+        norm1 = (_without(bias1, stats1[0]), stats1[1], gamma1, beta1, eps1, act1)
+        d, stats2 = EXPAND_DWCONV(backend, x, w1, *norm1, w2, *NO_NORM, stride, *rest, reduction(mean2))
     else:
-        bias1 = None if bias1 is None else bias1.to(wide)
         e, stats1 = POINTWISE(backend, x, w1, *NO_NORM, None, bias1, None, reduction(mean1))
         stats1 = settled(stats1, mean1, var1, e, group1)
-        prologue = (stats1[0], stats1[1], gamma1, beta1, eps1, act1)
-        d, stats2 = DWCONV(backend, e, w2, *prologue, *NO_NORM, stride, *rest, reduction(mean2))
+        norm1 = (stats1[0], stats1[1], gamma1, beta1, eps1, act1)
+        d, stats2 = DWCONV(backend, e, w2, *norm1, *NO_NORM, stride, *rest, reduction(mean2))
     stats2 = settled(stats2, mean2, var2, d, group2)
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
     y, p, stats3, pooled, gate = project(
         backend, d, norm2, v1, c1, v2, c2, se_act, gate_act, w3, bias3, gamma3, beta3, mean3, var3, eps3, group3,
         scale, x if residual else None,
     )  # fmt: skip
-    return y, e if keep else x.new_empty(0), d, p, stats1, stats2, stats3, pooled, gate
+    return y, e if expanded == Expanded.KEPT else x.new_empty(0), d, p, stats1, stats2, stats3, pooled, gate, moments
+
+
+def moments_of(backend: str, x: Tensor) -> Tensor:
+    """[1 + C, C] of x: its mean, and below it the covariance of its channels, over batch and map."""
+    mean = BN_STATISTICS(backend, x)[0]
+    ones, centre = torch.ones_like(mean), torch.stack([mean, torch.zeros_like(mean)])
+    unused = x.new_empty(x.shape[1], x.shape[1])
+    # The weight's gradient, where the gradient and the input are both x less its mean.
+    *_, products = POINTWISE_BACKWARD(
+        backend, x, None, x, mean, ones, None, 0.0, centre, unused, x, mean, ones, None, None, 0.0, 0, None, False, True
+    )
+    return torch.cat([mean[None], products / count(x)])
+
+
+def expanded_statistics(moments: Tensor, w1: Tensor, bias1: Tensor | None) -> Tensor:
+    """The batch statistics [2, M] of e = w1 x + bias1, from those of x."""
+    weight, (mean, covariance) = w1.double(), moments.double().split([1, w1.shape[1]])
+    var = ((weight @ covariance) * weight).sum(1).clamp_min(0)
+    stats = torch.stack([weight @ mean[0], var]).to(moments.dtype)
+    return stats if bias1 is None else torch.stack([stats[0] + bias1, stats[1]])
+
+
+def _without(bias: Tensor | None, mean: Tensor) -> Tensor:
+    """The mean of a map, given that of the map plus `bias`."""
+    return mean if bias is None else mean - bias
 
 
 def _fake(
@@ -65,8 +109,8 @@ def _fake(
     v1: Tensor | None, c1: Tensor | None, v2: Tensor | None, c2: Tensor | None,
     w3: Tensor, bias3: Tensor | None, gamma3: Tensor | None, beta3: Tensor | None,
     mean3: Tensor | None, var3: Tensor | None,
-    scale: Tensor | None, residual: bool, keep: bool, groups: Sequence[str], eps: Sequence[float], acts: Sequence[int],
-    window: Sequence[int],
+    scale: Tensor | None, residual: bool, expanded: int, groups: Sequence[str], eps: Sequence[float],
+    acts: Sequence[int], window: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, hidden, out = x.shape[0], w2.shape[0], w3.shape[0]
     wide = statistics_dtype(x)
@@ -79,16 +123,17 @@ def _fake(
     d = empty_map(e, (n, hidden, *window[3:]))
     p = empty_map(d, (n, out, *window[3:]))
     return (
-        torch.empty_like(p), e if keep and w1 is not None else x.new_empty(0), d, p,
+        torch.empty_like(p), e if expanded == Expanded.KEPT and w1 is not None else x.new_empty(0), d, p,
         vector(rows1, hidden, given=w1 is not None), vector(rows2, hidden), vector(rows3, out),
         vector(3, n, hidden, given=v1 is not None), vector(n, hidden, given=v1 is not None),
+        vector(1 + x.shape[1], x.shape[1], given=expanded == Expanded.ON_CHIP and mean1 is None),
     )  # fmt: skip
 
 
 _INPUTS = (
     "x", "w1", "bias1", "gamma1", "beta1", "mean1", "var1", "w2", "gamma2", "beta2", "mean2", "var2",
-    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "keep", "groups",
-    "eps", "acts", "window",
+    "v1", "c1", "v2", "c2", "w3", "bias3", "gamma3", "beta3", "mean3", "var3", "scale", "residual", "expanded",
+    "groups", "eps", "acts", "window",
 )  # fmt: skip
 _SAVED = (
     "x", "w1", "bias1", "gamma1", "beta1", "w2", "gamma2", "beta2", "v1", "c1", "v2", "w3", "gamma3", "beta3", "scale",
@@ -97,7 +142,7 @@ _SAVED = (
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = dict(zip(_INPUTS, inputs, strict=True))
-    ctx.residual, ctx.keep, ctx.groups, ctx.eps, ctx.acts, ctx.window = inputs[-6:]
+    ctx.residual, ctx.expanded, ctx.groups, ctx.eps, ctx.acts, ctx.window = inputs[-6:]
     ctx.dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs]
     ctx.fixed = tuple(given[mean] is not None for mean in ("mean1", "mean2", "mean3"))
     ctx.mark_non_differentiable(*output[1:])
@@ -108,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str, Tensor | None]:
     saved = ctx.saved_tensors
     x, w1, bias1, gamma1, beta1, w2, gamma2, beta2, v1, c1, v2, w3, gamma3, beta3, scale = saved[: len(_SAVED)]
-    e, d, p, stats1, stats2, stats3, pooled, gate = saved[len(_SAVED) :]
+    e, d, p, stats1, stats2, stats3, pooled, gate, moments = saved[len(_SAVED) :]
     eps1, eps2, eps3 = ctx.eps
     act1, act2, se_act, gate_act = ctx.acts
     fixed1, fixed2, fixed3 = ctx.fixed
@@ -132,28 +177,64 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
         return grads
 
     means2 = None if fixed2 else means_of_all(sums, stats2, d, group2)
-    if w1 is not None and not ctx.keep:
-        wide_bias = None if bias1 is None else bias1.to(stats1.dtype)
-        e, _ = POINTWISE(backend, x, w1, *NO_NORM, None, wide_bias, None, Reduce.NONE)
-    source, prologue = (x, NO_NORM) if w1 is None else (e, (stats1[0], stats1[1], gamma1, beta1, eps1, act1))
+    bias1 = None if bias1 is None else bias1.to(stats1.dtype)
+    on_chip = ctx.expanded == Expanded.ON_CHIP
+    if ctx.expanded == Expanded.COMPUTED_AGAIN and w1 is not None:
+        e, _ = POINTWISE(backend, x, w1, *NO_NORM, None, bias1, None, Reduce.NONE)
+    norm1: tuple[Any, ...] = NO_NORM
+    if w1 is not None:
+        norm1 = (_without(bias1, stats1[0]) if on_chip else stats1[0], stats1[1], gamma1, beta1, eps1, act1)
+    source = (x,) if w1 is None else (x, w1) if on_chip else (e,)
     stride, top, left, _, _ = ctx.window
-    dz1, grads["w2"], sums = DWCONV_BACKWARD(
-        backend, G, gate, shift, d, *norm2, means2, w2, source, *prologue, stride, top, left,
-        bool(for_e), "w2" in need,
-    )  # fmt: skip
+    dz1, grads["w2"], sums = (EXPAND_DWCONV_BACKWARD if w1 is not None and on_chip else DWCONV_BACKWARD)(
+        backend, G, gate, shift, d, *norm2, means2, w2, *source, *norm1, stride, top, left, bool(for_e), "w2" in need
+    )
     dx = dz1
     if w1 is not None and for_e:
         grads |= of_norm("1", need, sums, fixed1, stats1, gamma1, eps1)
         if not need & {"x", "w1"}:
             return grads
-        means1 = None if fixed1 else means_of_all(sums, stats1, e, group1)
-        dx, _, grads["w1"] = POINTWISE_BACKWARD(
-            backend, dz1, None, e, stats1[0], stats1[1], gamma1, eps1, means1, w1,
-            x, *NO_NORM, None, "x" in need, "w1" in need,
-        )  # fmt: skip
+        means1 = None if fixed1 else means_of_all(sums, stats1, x, group1)
+        if on_chip and means1 is not None:
+            dx, grads["w1"] = _expand_backward(backend, need, dz1, norm1, means1, w1, x, moments)
+        else:
+            dx, _, grads["w1"] = POINTWISE_BACKWARD(
+                backend, dz1, None, dz1 if on_chip else e, stats1[0], stats1[1], gamma1, eps1, means1, w1,
+                x, *NO_NORM, None, "x" in need, "w1" in need,
+            )  # fmt: skip
     if "x" in need:
         grads["x"] = dx.add_(grad) if ctx.residual else dx
     return grads
+
+
+def _expand_backward(
+    backend: str, need: set[str], dz1: Tensor, norm1: tuple[Any, ...], means1: Tensor, w1: Tensor, x: Tensor,
+    moments: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and of w1 from that of bn1(e), without e.
+
+    BatchNorm's formula subtracts from it a multiple of ehat, which is w1 times a centred x: with respect to w1 that
+    makes a product with the covariance of x, with respect to x one with a matrix of [C, C] (docs/algebra.md).
+    """
+    mean1, var1, gamma1, _, eps1, _ = norm1
+    mean, ones = moments[0], torch.ones_like(moments[0])
+    centred = (mean, ones, None, None, 0.0, 0)
+    through_z, _, grad_weight = POINTWISE_BACKWARD(
+        backend, dz1, None, dz1, mean1, var1, gamma1, eps1, None, w1, x, *centred, None, "x" in need, "w1" in need
+    )
+    wide, rstd = w1.double(), (var1.double() + eps1).rsqrt()
+    factor = rstd if gamma1 is None else rstd * gamma1
+    of_one, of_ehat = means1.double()
+    weighted = (factor * rstd * of_ehat)[:, None] * wide  # of e, the multiple of centred x that is taken off
+    if "w1" in need:
+        grad_weight = grad_weight - (weighted @ moments[1:].double() * count(x)).to(grad_weight.dtype)
+    if "x" not in need:
+        return x.new_empty(0), grad_weight
+    bias = -(factor * of_one) @ wide
+    dx, _ = POINTWISE(
+        backend, x, -(wide.T @ weighted).to(x.dtype), *centred, None, bias.to(mean.dtype), through_z, Reduce.NONE
+    )
+    return dx, grad_weight
 
 
 # y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where gate = gate_act(v2
@@ -161,9 +242,10 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
 # no gate; w1, w2 and w3 are cast to the dtype of x; scale [N] or None; x is added if `residual`. A BatchNorm with a
 # mean and a variance uses them, one without uses batch statistics, those of all processes where its group has a name.
 # groups, eps: of bn1, bn2, bn3; acts: act1, act2, se_act, gate_act; window: stride, padding at the top and at the left,
-# height and width of the output. What backward reads is returned too: the raw convolution outputs e, d and p (e only to
-# `keep` it; else it is computed again), the statistics [2, channels] of each ([3, channels] of a group), `bn_pool`'s
-# sums and the gate; what there is not is empty.
+# height and width of the output. What backward reads is returned too: the raw convolution outputs e, d and p (e only if
+# it is `Expanded.KEPT`), the statistics [2, channels] of each ([3, channels] of a group), `bn_pool`'s sums, the gate,
+# and, where e is on chip, the moments of x; what there is not is empty. e can be on chip where x is in channels_last
+# and group1 has no name.
 MBCONV = Op(
     "mbconv",
     "(Tensor x,"
@@ -171,9 +253,9 @@ MBCONV = Op(
     " Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2,"
     " Tensor? v1, Tensor? c1, Tensor? v2, Tensor? c2,"
     " Tensor w3, Tensor? bias3, Tensor? gamma3, Tensor? beta3, Tensor? mean3, Tensor? var3,"
-    " Tensor? scale, bool residual, bool keep, str[] groups, float[] eps, int[] acts, SymInt[] window)"
+    " Tensor? scale, bool residual, int expanded, str[] groups, float[] eps, int[] acts, SymInt[] window)"
     " -> (Tensor y, Tensor e, Tensor d, Tensor p, Tensor stats1, Tensor stats2, Tensor stats3, Tensor pooled,"
-    " Tensor gate)",
+    " Tensor gate, Tensor moments)",
     borrows=True,
     fake=_fake,
     setup_context=_setup_context,
