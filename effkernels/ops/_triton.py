@@ -206,7 +206,7 @@ def reduce_add(state, y, mask, REDUCE: tl.constexpr):
         # The differences from a lane's first value are exact for values close together, however far from zero. That
         # value being one of n, subtracting the square of their sum loses at most a factor of n of precision.
         count, pivot, total, squares = state
-        pivot = tl.where(count == 0, y, pivot)
+        pivot = tl.where(mask & (count == 0), y, pivot)  # a lane without pixels keeps zero
         y = tl.where(mask, y - pivot, 0.0)
         state = (count + mask.to(tl.float32), pivot, total + y, squares + y * y)
     elif REDUCE == MEAN:

@@ -9,7 +9,7 @@ from effkernels import ops, use_backend
 from effkernels.ops._cases import assert_close_to_reference, cases_for, feature_map
 from effkernels.ops.batch_norm.cases import compare_sums
 from effkernels.ops.batch_norm.op import BN_STATISTICS, Reduce
-from effkernels.ops.dwconv.op import NO_NORM
+from effkernels.ops.dwconv.op import DWCONV, NO_NORM
 from effkernels.ops.pointwise.cases import PointwiseBackward
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 
@@ -49,6 +49,16 @@ def test_what_lies_beyond_a_map_does_not_overflow(layout):
     given |= dict(x=torch.full_like(given["x"], -300), mean1=vector, var1=torch.zeros(16), eps1=1e-5)
     given |= dict(gamma1=torch.ones(16), beta1=torch.zeros(16))
     assert all(output.isfinite().all() for output in POINTWISE_BACKWARD("triton", *given.values()))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_statistics_know_nothing_of_windows_beyond_the_map(layout):
+    """Those on the map cancel to zero; some of the tile's others, half of zeros, are infinite in float16."""
+    x = torch.full_like(feature_map((1, 16, 9, 8), f16, layout), 6e4)
+    weight = torch.zeros(16, 1, 3, 3, dtype=f16)
+    weight[..., 1, :2] = torch.tensor([10.0, -10.0])
+    y, statistics = DWCONV("triton", x, weight, *NO_NORM, *NO_NORM, 1, 0, 0, 7, 6, Reduce.STATISTICS)
+    assert not y.any() and not statistics.any()
 
 
 def run(function, backend, dtype, *tensors):

@@ -34,12 +34,12 @@ PROGRAMS = 512  # of backward, a few for each multiprocessor: each adds up a wei
 
 
 @triton.jit
-def pixel_offsets(pixels, width, stride_h, stride_w, ONE_ROW: tl.constexpr):
+def map_ptrs(ptr, n, channels, pixels, width, stride_n, stride_c, stride_h, stride_w, ONE_ROW: tl.constexpr):
     if ONE_ROW:
         offsets = pixels.to(tl.int64) * stride_w
     else:
         offsets = (pixels // width).to(tl.int64) * stride_h + (pixels % width).to(tl.int64) * stride_w
-    return offsets
+    return ptr + n * stride_n + channels.to(tl.int64) * stride_c + offsets
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -57,14 +57,16 @@ def pointwise_kernel(
     n = (part // tiles).to(tl.int64)
     pixels = tl.expand_dims(part % tiles * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
     mask_p = pixels < area
-    x_ptrs = x_ptr + n * x_stride_n + pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW)
 
     y = tl.zeros((BLOCK_P, BLOCK_O) if PIXEL_AXIS == 0 else (BLOCK_O, BLOCK_P), tl.float32)
     for start in range(0, channels, BLOCK_C):
         block = start + tl.arange(0, BLOCK_C)
         offs_c = tl.expand_dims(block, PIXEL_AXIS)
         mask_c = offs_c < channels
-        x = tl.load(x_ptrs + offs_c.to(tl.int64) * x_stride_c, mask_p & mask_c, 0.0)
+        x_ptrs = map_ptrs(
+            x_ptr, n, offs_c, pixels, width, x_stride_n, x_stride_c, x_stride_h, x_stride_w, ONE_ROW
+        )  # fmt: skip
+        x = tl.load(x_ptrs, mask_p & mask_c, 0.0)
         if mean_ptr is not None or ACT != 0 or gate_ptr is not None:
             norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask_c)
             gate = load_per_image(gate_ptr, n, channels, offs_c, mask_c)
@@ -79,12 +81,14 @@ def pointwise_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_o, mask_o, 0.0)
     if residual_ptr is not None:
-        ptrs = residual_ptr + n * residual_stride_n + offs_o * residual_stride_c
-        ptrs += pixel_offsets(pixels, width, residual_stride_h, residual_stride_w, ONE_ROW)
-        y += tl.load(ptrs, mask_p & mask_o, 0.0).to(tl.float32)
+        residual_ptrs = map_ptrs(
+            residual_ptr, n, offs_o, pixels, width,
+            residual_stride_n, residual_stride_c, residual_stride_h, residual_stride_w, ONE_ROW,
+        )  # fmt: skip
+        y += tl.load(residual_ptrs, mask_p & mask_o, 0.0).to(tl.float32)
     y = y.to(y_ptr.dtype.element_ty)
-    y_ptrs = y_ptr + n * y_stride_n + offs_o * y_stride_c
-    tl.store(y_ptrs + pixel_offsets(pixels, width, y_stride_h, y_stride_w, ONE_ROW), y, mask_p & mask_o)
+    y_ptrs = map_ptrs(y_ptr, n, offs_o, pixels, width, y_stride_n, y_stride_c, y_stride_h, y_stride_w, ONE_ROW)
+    tl.store(y_ptrs, y, mask_p & mask_o)
     reduce_tile(y, mask_p, parts_ptr, part, outputs, offs_o, mask_o, share, PIXEL_AXIS, REDUCE)
 
 
@@ -135,11 +139,10 @@ def load_grad(
     ONE_ROW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dy of a tile; zero beyond the map."""
-    wide_o = offs_o.to(tl.int64)
-    grad_ptrs = grad_ptr + n * grad_stride_n + wide_o * grad_stride_c
-    grad_ptrs += pixel_offsets(pixels, width, grad_stride_h, grad_stride_w, ONE_ROW)
-    y_ptrs = y_ptr + n * y_stride_n + wide_o * y_stride_c
-    y_ptrs += pixel_offsets(pixels, width, y_stride_h, y_stride_w, ONE_ROW)
+    grad_ptrs = map_ptrs(
+        grad_ptr, n, offs_o, pixels, width, grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, ONE_ROW
+    )  # fmt: skip
+    y_ptrs = map_ptrs(y_ptr, n, offs_o, pixels, width, y_stride_n, y_stride_c, y_stride_h, y_stride_w, ONE_ROW)
     grad = tl.load(grad_ptrs, mask, 0.0).to(tl.float32)
     grad = scale_shift(grad, load_per_image(scale_ptr, n, outputs, offs_o, offs_o < outputs), ())
     y = tl.load(y_ptrs, mask, 0.0).to(tl.float32)
@@ -201,10 +204,11 @@ def pointwise_backward_input_kernel(
         else:
             out = tl.dot(w, dy, out, input_precision=PRECISION)
     mask = mask_p & mask_c
-    x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c
-    x = tl.load(x_ptrs + pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW), mask, 0.0)
-    out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c
-    out_ptrs += pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
+    x_ptrs = map_ptrs(x_ptr, n, offs_c, pixels, width, x_stride_n, x_stride_c, x_stride_h, x_stride_w, ONE_ROW)
+    x = tl.load(x_ptrs, mask, 0.0)
+    out_ptrs = map_ptrs(
+        out_ptr, n, offs_c, pixels, width, out_stride_n, out_stride_c, out_stride_h, out_stride_w, ONE_ROW
+    )  # fmt: skip
     norm1 = load_norm(mean1_ptr, var1_ptr, gamma1_ptr, beta1_ptr, eps1, offs_c, mask_c)
     store_out(
         out, x, out_ptrs, sums_ptr, part, parts, channels, offs_c, mask, mask_c, norm1, var1_ptr, eps1, ACT, PIXEL_AXIS
@@ -242,8 +246,8 @@ def pointwise_backward_weight_kernel(
         pixels = tl.expand_dims(part % tiles * BLOCK_P + tl.arange(0, BLOCK_P), 1 - PIXEL_AXIS)
         mask_p = pixels < area
         mask = mask_p & mask_c
-        x_ptrs = x_ptr + n * x_stride_n + offs_c * x_stride_c
-        x = tl.load(x_ptrs + pixel_offsets(pixels, width, x_stride_h, x_stride_w, ONE_ROW), mask, 0.0)
+        x_ptrs = map_ptrs(x_ptr, n, offs_c, pixels, width, x_stride_n, x_stride_c, x_stride_h, x_stride_w, ONE_ROW)
+        x = tl.load(x_ptrs, mask, 0.0)
         dy = load_grad(
             grad_ptr, y_ptr, scale_ptr, n, pixels, offs_o, mask_p & mask_o, outputs, width, norm2, drift,
             grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w, y_stride_n, y_stride_c, y_stride_h, y_stride_w,
@@ -261,8 +265,9 @@ def pointwise_backward_weight_kernel(
                 out = tl.dot(dy, w, input_precision=PRECISION)
             else:
                 out = tl.dot(w, dy, input_precision=PRECISION)
-            out_ptrs = out_ptr + n * out_stride_n + offs_c * out_stride_c
-            out_ptrs += pixel_offsets(pixels, width, out_stride_h, out_stride_w, ONE_ROW)
+            out_ptrs = map_ptrs(
+                out_ptr, n, offs_c, pixels, width, out_stride_n, out_stride_c, out_stride_h, out_stride_w, ONE_ROW
+            )  # fmt: skip
             store_out(
                 out, x, out_ptrs, sums_ptr, part, parts, channels, offs_c, mask, mask_c, norm1, var1_ptr, eps1,
                 ACT, PIXEL_AXIS,
