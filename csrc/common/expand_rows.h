@@ -2,8 +2,6 @@
 // down a map, of a chunk of its channels and a few rows at a time. Only inside csrc/*/cpu_kernel.cpp, as vec.h.
 #pragma once
 
-#include <optional>
-
 #include "matmul.h"
 #include "tile.h"
 

@@ -4,6 +4,7 @@
 #include "common/expand_rows.h"
 #include "common/matmul.h"
 #include "common/tile.h"
+#include "dwconv_backward/expand_backward.h"
 
 namespace effk {
 namespace {
@@ -80,10 +81,15 @@ ConvolveRow<C> convolve_for(bool input, bool weight) {
                  : &convolve<C, K, S, J, false, true>;
 }
 
+// Whether that of before(x) is wanted, for itself or for what follows from it.
+inline bool needs_gradient(const DwconvBackwardParams& p) {
+  return p.grad_norm.data || p.sums || p.grad_x.data || p.expand_products;
+}
+
 // The functions for even and odd rows; for stride 1 there is one.
 template <class C>
 void choose(const DwconvBackwardParams& p, ConvolveRow<C>* rows) {
-  const bool input = p.grad_norm.data, weight = p.need_weight;
+  const bool input = needs_gradient(p), weight = p.need_weight;
   const auto with_size = [&](auto size) {
     constexpr int K = size;
     rows[0] = p.stride == 1 ? convolve_for<C, K, 1, 0>(input, weight) : convolve_for<C, K, 2, 0>(input, weight);
@@ -149,11 +155,12 @@ void stage_input(const DwconvBackwardParams& p, const Channels& u, Tile<C> x, C*
   });
 }
 
-// dz = dh * slopes of one row, to the map by way of `buffer`; and its sums [2] for each vector.
+// dz = dh * slopes of one row, to the map by way of `buffer` or, times the scale of the BatchNorm, to `expanded`; and its
+// sums [2] for each vector.
 template <class T>
 void finish_row(const DwconvBackwardParams& p, const Channels& u, int64_t row, Tile<compute_t<T>> x,
                 const compute_t<T>* dh, const compute_t<T>* slopes, int64_t vector, compute_t<T>* sums,
-                compute_t<T>* buffer, int64_t buffer_row) {
+                compute_t<T>* expanded, compute_t<T>* buffer, int64_t buffer_row) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const Map& out = p.grad_norm;
@@ -161,18 +168,21 @@ void finish_row(const DwconvBackwardParams& p, const Channels& u, int64_t row, T
   T* memory = static_cast<T*>(const_cast<void*>(out.data)) + u.n * out.stride_n + row * out.stride_h + u.c * out.stride_c;
   for_blocks<C>(p.x.w, u.count, [&](int64_t c, int lanes, int64_t begin, int64_t end) EFFK_INLINE {
     const Vec<C> mean = lanes_of<C>(p.before.mean, u.c + c, lanes, 0);
+    const Vec<C> scale = lanes_of<C>(p.before.scale, u.c + c, lanes, 1);
     const int64_t v = c / V;
     Vec<C> sum{}, of_x{};
     for (int64_t i = begin; i < end; ++i) {
       Vec<C> dz = load(dh + v * vector + i * V) * load(slopes + v * vector + i * V);
-      if (direct) {
+      if (expanded) {
+        store(expanded + i * buffer_row + c, dz * scale);
+      } else if (direct) {
         T* at = memory + i * out.stride_w + c;
         __builtin_prefetch(at + out.stride_h, 1);
         store_n(at, dz, lanes);
       } else {
         store(buffer + i * buffer_row + c, dz);
       }
-      dz = rounded<T>(dz);
+      if (!expanded) dz = rounded<T>(dz);
       sum += dz;
       of_x += dz * (load(x.data + i * x.stride + c) - mean);
     }
@@ -180,15 +190,15 @@ void finish_row(const DwconvBackwardParams& p, const Channels& u, int64_t row, T
     store(total, load(total) + sum);
     store(total + V, load(total + V) + of_x);
   });
-  if (!direct) store_tile<T>(out, u.n, row * p.x.w, p.x.w, u.c, u.count, buffer, buffer_row);
+  if (!expanded && !direct) store_tile<T>(out, u.n, row * p.x.w, p.x.w, u.c, u.count, buffer, buffer_row);
 }
 
 template <class T>
-void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
+void run(const DwconvBackwardParams& p, int64_t n, int64_t chunk, int64_t band, ExpandedRows<T>* expanded,
+         ExpandBackward<T>* expansion, void* scratch) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
   const Layout<C> layout(p);
-  const int64_t band = index % p.bands, chunk = index / p.bands % p.chunks, n = index / p.bands / p.chunks;
   const int64_t begin = band * p.band_rows, end = min64(begin + p.band_rows, p.x.h), partial = n * p.bands + band;
   const Channels u{n, chunk * p.chunk_channels, min64(p.chunk_channels, p.x.c - chunk * p.chunk_channels)};
   const int64_t vectors = ceil_div(u.count, V), taps = p.kernel_size * p.kernel_size, s = p.stride;
@@ -202,10 +212,6 @@ void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
   C* sums = dw + layout.vectors * taps * V;        // [vectors][2]
   C* x_buffer = sums + layout.vectors * 2 * V;
   C *buffer = x_buffer + layout.buffer, *other = buffer + layout.buffer;
-  std::optional<ExpandedRows<T>> expanded;
-  if (p.expand.x.data)
-    expanded.emplace(p.expand, static_cast<const C*>(p.packed) + p.padded * taps, chunk, p.chunk_channels, u.count,
-                     other + layout.buffer);
   for (C* at = ring; at < slopes; at += V) store(at, Vec<C>{});
   for (C* at = dw; at < x_buffer; at += V) store(at, Vec<C>{});
 
@@ -239,8 +245,10 @@ void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
       convolve_row[j % s](dy, weights + v * taps * V, h + v * x_size, dh + v * x_size, dw + v * taps * V, first,
                           layout.columns);
     }
-    if (p.grad_norm.data)
-      finish_row<T>(p, u, row, x, dh + left, slopes + left, x_size, sums, buffer, layout.vectors * V);
+    if (needs_gradient(p))
+      finish_row<T>(p, u, row, x, dh + left, slopes + left, x_size, sums, expansion ? expansion->row(row) : nullptr,
+                    buffer, layout.vectors * V);
+    if (expansion) expansion->end_row(row);
   }
 
   for (int64_t v = 0; v < vectors; ++v) {
@@ -253,6 +261,27 @@ void run(const DwconvBackwardParams& p, int64_t index, void* scratch) {
 }
 
 template <class T>
+void run(const DwconvBackwardParams& p, int64_t unit, void* scratch) {
+  using C = compute_t<T>;
+  const int64_t band = unit % p.bands, taps = p.kernel_size * p.kernel_size;
+  if (!p.expand.x.data)
+    return run<T>(p, unit / p.bands / p.chunks, unit / p.bands % p.chunks, band, nullptr, nullptr, scratch);
+  const int64_t n = unit / p.bands, begin = band * p.band_rows, end = min64(begin + p.band_rows, p.x.h);
+  const C* weight = static_cast<const C*>(p.packed) + p.padded * taps;
+  const C* transposed = weight + packed_expansion_size<T>(p.expand, p.chunks, p.chunk_channels);
+  C* rows = static_cast<C*>(scratch) + Layout<C>(p).bytes(taps) / sizeof(C);
+  C* products = rows + ExpandedRows<T>::scratch_size(p.expand, p.chunk_channels);
+  ExpandBackward<T> expansion(p, transposed, n, begin, end, unit, products);
+  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+    const int64_t channels = min64(p.chunk_channels, p.x.c - chunk * p.chunk_channels);
+    ExpandedRows<T> expanded(p.expand, weight, chunk, p.chunk_channels, channels, rows);
+    expansion.begin_chunk(chunk, channels);
+    run<T>(p, n, chunk, band, &expanded, &expansion, scratch);
+  }
+  expansion.finish();
+}
+
+template <class T>
 void plan(DwconvBackwardParams& p) {
   using C = compute_t<T>;
   const int64_t taps = p.kernel_size * p.kernel_size, vectors = ceil_div(p.x.c, kLanes<C>);
@@ -261,14 +290,26 @@ void plan(DwconvBackwardParams& p) {
   const int64_t per_chunk = ceil_div(vectors, ceil_div(vectors, fitting));
   p.chunk_channels = per_chunk * kLanes<C>;
   p.chunks = ceil_div(p.x.c, p.chunk_channels);
-  const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * p.chunks, 1));
+  const bool expands = p.expand.x.data;
+  const int64_t wanted = ceil_div(kMinUnits, max64(p.x.n * (expands ? 1 : p.chunks), 1));
   p.band_rows = max64(ceil_div(p.x.h, wanted), min64(p.x.h, 4 * p.kernel_size));
+  if (expands) {  // whose gradient of a band stays in the cache
+    const int64_t row = p.x.w * round_up<C>(p.expand.x.c) * static_cast<int64_t>(sizeof(C));
+    p.band_rows = min64(p.band_rows, max64(kChunkBytes / row, p.kernel_size));
+  }
   p.bands = ceil_div(p.x.h, p.band_rows);
-  p.units = p.x.n * p.chunks * p.bands;
+  p.units = p.x.n * p.bands * (expands ? 1 : p.chunks);
   p.padded = round_up<C>(p.x.c);
-  p.packed_size = (p.padded * taps + packed_expansion_size<T>(p.expand, p.chunks, p.chunk_channels)) * sizeof(C);
+  p.packed_size = p.padded * taps * sizeof(C);
   p.products_size = p.need_weight ? p.x.n * p.bands * taps * p.padded * sizeof(C) : 0;
-  p.scratch_size = Layout<C>(p).bytes(taps) + ExpandedRows<T>::scratch_size(p.expand, p.chunk_channels) * sizeof(C);
+  p.scratch_size = Layout<C>(p).bytes(taps);
+  if (!expands) return;
+  p.expand_padded = round_up<C>(p.expand.x.c);
+  p.expand_products_size = p.x.n * p.bands * p.x.c * p.expand_padded * sizeof(C);
+  p.packed_size += packed_expansion_size<T>(p.expand, p.chunks, p.chunk_channels) * sizeof(C);
+  p.packed_size += ExpandBackward<T>::packed_size(p) * sizeof(C);
+  p.scratch_size += ExpandedRows<T>::scratch_size(p.expand, p.chunk_channels) * sizeof(C);
+  p.scratch_size += typename ExpandBackward<T>::Sizes(p).all * sizeof(C);
 }
 
 template <class T>
@@ -276,7 +317,10 @@ void pack(const DwconvBackwardParams& p) {
   const int64_t taps = p.kernel_size * p.kernel_size;
   compute_t<T>* packed = static_cast<compute_t<T>*>(p.packed);
   pack_taps(static_cast<const T*>(p.weight), p.x.c, taps, packed);
-  pack_expansion<T>(p.expand, p.x.c, p.chunk_channels, packed + p.padded * taps);
+  if (!p.expand.x.data) return;
+  packed += p.padded * taps;
+  pack_expansion<T>(p.expand, p.x.c, p.chunk_channels, packed);
+  ExpandBackward<T>::pack(p, packed + packed_expansion_size<T>(p.expand, p.chunks, p.chunk_channels));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Cases of `expand_dwconv` and `expand_dwconv_backward`."""
+"""Cases of `expand_dwconv` and of its backward."""
 
 import itertools
 import random
@@ -29,7 +29,7 @@ from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv import STRIDES
 from effkernels.ops.dwconv.cases import DwconvBackward
 from effkernels.ops.expand_dwconv import reference
-from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD, EXPAND_DWCONV_GRADIENTS
 
 KERNEL_SIZES = (3, 5)
 SILU, HARDSWISH, NOTHING = Norm(Activation.SILU), Norm(Activation.HARDSWISH), Norm(statistics=False)
@@ -101,6 +101,26 @@ class ExpandDwconvBackward(DwconvBackward):
         return *before, F.conv2d(x, expand[:, :, None, None]), *arguments[14:]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpandDwconvGradients(ExpandDwconvBackward):
+    op: ClassVar[Op] = EXPAND_DWCONV_GRADIENTS
+    centred: bool = True
+    needs: tuple[bool, ...] = (True, True, True, True)  # type: ignore[assignment]
+
+    def make(self) -> tuple[Any, ...]:
+        given = super().make()
+        wide = torch.promote_types(self.dtype, f32)
+        return *given[:14], torch.randn(self.shape[1], dtype=wide) if self.centred else None, *given[14:]
+
+    def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
+        eager, exact = (reference.expand_dwconv_gradients(*a) for a in (arguments, as_float64(arguments)))
+        names = ("sums", "grad_x", "grad_expand", "grad_weight")
+        found = dict(zip((*names[1:], names[0]), zip(outputs, eager, exact, strict=True), strict=True))
+        for name, needed in zip(names, self.needs, strict=True):
+            if needed:
+                yield Comparison(name, *found[name])
+
+
 f32, f16, bf16 = DTYPES
 f64 = torch.float64
 
@@ -161,20 +181,28 @@ def _cases() -> Iterator[Case]:
         )
     for backward in CORE_BACKWARD:
         yield ExpandDwconvBackward(tag="core", **backward)
+        yield ExpandDwconvGradients(tag="core", **{k: v for k, v in backward.items() if k != "needs"})
+    for needed in range(4):
+        needs = tuple(i == needed for i in range(4))
+        yield ExpandDwconvGradients(shape=(2, 17, 6, 7), hidden=35, needs=needs, centred=needed % 2 == 0)
+    yield ExpandDwconvGradients(shape=(2, 70, 9, 60), hidden=150)  # several panels, chunks and groups of rows
     for (k, stride), dtype in itertools.product(itertools.product((3, 5, 7), STRIDES), (*DTYPES, f64)):
-        yield ExpandDwconvBackward(
-            tag="instance", shape=(2, 24, 16, 18), hidden=48, dtype=dtype, kernel_size=k, stride=stride, padding="same"
-        )
-        yield ExpandDwconvBackward(
-            shape=(1, 18, 40, 33), hidden=70, dtype=dtype, kernel_size=k, stride=stride,
-            padding=numbers.choice((0, 1, 4)), epilogue=Norm(numbers.choice(SMOOTH)),
-            prologue=Norm(numbers.choice(SMOOTH)),
-        )  # fmt: skip
+        for kind in (ExpandDwconvBackward, ExpandDwconvGradients):
+            yield kind(
+                tag="instance", shape=(2, 24, 16, 18), hidden=48, dtype=dtype, kernel_size=k, stride=stride,
+                padding="same",
+            )  # fmt: skip
+            yield kind(
+                shape=(1, 18, 40, 33), hidden=70, dtype=dtype, kernel_size=k, stride=stride,
+                padding=numbers.choice((0, 1, 4)), epilogue=Norm(numbers.choice(SMOOTH)),
+                prologue=Norm(numbers.choice(SMOOTH)),
+            )  # fmt: skip
     for cut, memory, dtype in itertools.product(CUTS, ("nchw", "channels_last"), (f32, f16)):
         k, stride = numbers.choice(windows)
-        yield ExpandDwconvBackward(
-            shape=(2, 24, 6, 10), hidden=33, layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride
-        )
+        for kind in (ExpandDwconvBackward, ExpandDwconvGradients):
+            yield kind(
+                shape=(2, 24, 6, 10), hidden=33, layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride
+            )
         yield ExpandDwconv(
             shape=(2, 24, 6, 10), hidden=33, layout=f"{cut} {memory}", dtype=dtype, kernel_size=k, stride=stride,
             norm1=drawn_norm(numbers), norm2=drawn_norm(numbers), reduce=numbers.choice(list(Reduce)),

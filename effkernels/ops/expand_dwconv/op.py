@@ -1,4 +1,4 @@
-"""The expansion and the depthwise convolution in one kernel: `expand_dwconv` and `expand_dwconv_backward`."""
+"""The expansion and the depthwise convolution in one kernel: `expand_dwconv`, and its backward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effkernels.ops._geometry import covered
+from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Flops, Op
 from effkernels.ops.batch_norm.op import fake_sums, statistics_dtype
 
@@ -79,7 +80,52 @@ EXPAND_DWCONV_BACKWARD = Op(
     " Tensor x, Tensor expand, Tensor mean1, Tensor var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
     " int stride, SymInt pad_top, SymInt pad_left, bool need_input, bool need_weight)"
     " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
-    backends=("cpp",),
+    backends=(),
     fake=_expand_dwconv_backward_fake,
     flops=_expand_dwconv_backward_flops,
+)
+
+
+def _expand_dwconv_gradients_fake(
+    grad: Tensor, scale: Tensor | None, shift: Tensor | None,
+    y: Tensor, mean2: Tensor, var2: Tensor, gamma2: Tensor | None, beta2: Tensor | None, eps2: float, act2: int,
+    grad_means: Tensor | None, weight: Tensor,
+    x: Tensor, expand: Tensor, centre: Tensor | None,
+    mean1: Tensor, var1: Tensor, gamma1: Tensor | None, beta1: Tensor | None, eps1: float, act1: int,
+    stride: int, pad_top: int, pad_left: int, need_sums: bool, need_x: bool, need_expand: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = statistics_dtype(x)
+    return (
+        empty_map(x, x.shape) if need_x else x.new_empty(0),
+        x.new_empty(expand.shape if need_expand else (0,), dtype=wide),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=wide),
+        x.new_empty((2, expand.shape[0]) if need_sums else (0,), dtype=wide),
+    )
+
+
+def _expand_dwconv_gradients_flops(*arguments: Any) -> Flops:
+    y, weight, x, expand = (arguments[i] for i in (3, 11, 12, 13))
+    need_sums, need_x, need_expand, need_weight = arguments[-4:]
+    depthwise = ((need_sums or need_x or need_expand) + need_weight) * 2 * y.numel() * weight.shape[2] ** 2
+    return Flops((1 + need_x + need_expand) * 2 * x[:, 0].numel() * expand.numel(), depthwise)
+
+
+# `expand_dwconv_backward` and what follows, with neither e nor the gradient of bn1(e) in memory. With dz1 that gradient
+# times gamma1 / sqrt(var1 + eps1), it returns
+#     expand^T dz1, as x is laid out,
+#     dz1 (x - centre)^T, summed over batch and map, [hidden, C]; centre is [C], without it 0,
+#     the gradient of weight, and BatchNorm's sums, as `dwconv_backward`;
+# what is not needed is empty.
+EXPAND_DWCONV_GRADIENTS = Op(
+    "expand_dwconv_gradients",
+    "(Tensor grad, Tensor? scale, Tensor? shift,"
+    " Tensor y, Tensor mean2, Tensor var2, Tensor? gamma2, Tensor? beta2, float eps2, int act2,"
+    " Tensor? grad_means, Tensor weight,"
+    " Tensor x, Tensor expand, Tensor? centre,"
+    " Tensor mean1, Tensor var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
+    " int stride, SymInt pad_top, SymInt pad_left, bool need_sums, bool need_x, bool need_expand, bool need_weight)"
+    " -> (Tensor grad_x, Tensor grad_expand, Tensor grad_weight, Tensor sums)",
+    backends=("cpp",),
+    fake=_expand_dwconv_gradients_fake,
+    flops=_expand_dwconv_gradients_flops,
 )

@@ -12,11 +12,12 @@ from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.bn_project import Stage, check_stage, matrices, stage_tensors
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
-from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV_BACKWARD
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV_GRADIENTS
 from effkernels.ops.mbconv import op, reference
 from effkernels.ops.mbconv_inference import Gate
 
 _NAME = "mbconv"
+MEMORY = ("default", "minimal")
 
 
 def mbconv(
@@ -123,23 +124,23 @@ def mbconv(
     return y
 
 
-# Up to so many channels of x, expanding it in both passes takes no longer than what would be stored takes to travel, or
-# little longer for minimal memory: measured on CPUs (docs/training.md).
-CHANNELS_ON_CHIP = {"default": 16, "minimal": 32}
+# Up to so many channels of x, to expand it in both passes takes less time than to store and load what it expands to:
+# measured on CPUs (docs/training.md).
+CHANNELS_ON_CHIP = 32
 
 
 def where_expanded(backend: str, x: Tensor, expand: Stage, memory: str) -> op.Expanded:
     """The static rule: by the backend, the layout, the channels and the BatchNorm."""
     possible = (
-        backend in EXPAND_DWCONV_BACKWARD.overloads
+        backend in EXPAND_DWCONV_GRADIENTS.overloads
         and is_channels_last_contiguous(x)
         and not (expand.training and expand.process_group)  # whose statistics are of all processes
     )
-    if possible and x.shape[1] <= CHANNELS_ON_CHIP[memory]:
+    if possible and x.shape[1] <= CHANNELS_ON_CHIP:
         return op.Expanded.ON_CHIP
     return op.Expanded.KEPT if memory == "default" else op.Expanded.COMPUTED_AGAIN
 
 
 def check_memory(name: str, memory: str) -> None:
-    if memory not in CHANNELS_ON_CHIP:
-        raise ValueError(f"{name}: memory must be one of {', '.join(CHANNELS_ON_CHIP)}, got {memory!r}")
+    if memory not in MEMORY:
+        raise ValueError(f"{name}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")

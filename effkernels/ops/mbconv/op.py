@@ -18,7 +18,7 @@ from effkernels.ops.batch_norm.op import BN_STATISTICS, Reduce, settled, statist
 from effkernels.ops.batch_norm.synchronised import count, means_of_all
 from effkernels.ops.bn_project.op import backward_by_name, cast, given, of_norm, project, project_backward, reduction
 from effkernels.ops.dwconv.op import DWCONV, DWCONV_BACKWARD, NO_NORM
-from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD, EXPAND_DWCONV_GRADIENTS
 from effkernels.ops.pointwise.op import POINTWISE, POINTWISE_BACKWARD
 
 
@@ -79,11 +79,11 @@ def _forward(
 def moments_of(backend: str, x: Tensor) -> Tensor:
     """[1 + C, C] of x: its mean, and below it the covariance of its channels, over batch and map."""
     mean = BN_STATISTICS(backend, x)[0]
-    ones, centre = torch.ones_like(mean), torch.stack([mean, torch.zeros_like(mean)])
+    centred, drift = _centred(mean), torch.stack([mean, torch.zeros_like(mean)])
     unused = x.new_empty(x.shape[1], x.shape[1])
     # The weight's gradient, where the gradient and the input are both x less its mean.
     *_, products = POINTWISE_BACKWARD(
-        backend, x, None, x, mean, ones, None, 0.0, centre, unused, x, mean, ones, None, None, 0.0, 0, None, False, True
+        backend, x, None, x, *centred[:3], 0.0, drift, unused, x, *centred, None, False, True
     )
     return torch.cat([mean[None], products / count(x)])
 
@@ -178,28 +178,35 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
 
     means2 = None if fixed2 else means_of_all(sums, stats2, d, group2)
     bias1 = None if bias1 is None else bias1.to(stats1.dtype)
-    on_chip = ctx.expanded == Expanded.ON_CHIP
-    if ctx.expanded == Expanded.COMPUTED_AGAIN and w1 is not None:
-        e, _ = POINTWISE(backend, x, w1, *NO_NORM, None, bias1, None, Reduce.NONE)
-    norm1: tuple[Any, ...] = NO_NORM
-    if w1 is not None:
-        norm1 = (_without(bias1, stats1[0]) if on_chip else stats1[0], stats1[1], gamma1, beta1, eps1, act1)
-    source = (x,) if w1 is None else (x, w1) if on_chip else (e,)
-    stride, top, left, _, _ = ctx.window
-    dz1, grads["w2"], sums = (EXPAND_DWCONV_BACKWARD if w1 is not None and on_chip else DWCONV_BACKWARD)(
-        backend, G, gate, shift, d, *norm2, means2, w2, *source, *norm1, stride, top, left, bool(for_e), "w2" in need
-    )
-    dx = dz1
-    if w1 is not None and for_e:
-        grads |= of_norm("1", need, sums, fixed1, stats1, gamma1, eps1)
-        if not need & {"x", "w1"}:
-            return grads
-        means1 = None if fixed1 else means_of_all(sums, stats1, x, group1)
-        if on_chip and means1 is not None:
-            dx, grads["w1"] = _expand_backward(backend, need, dz1, norm1, means1, w1, x, moments)
-        else:
+    if w1 is not None and ctx.expanded == Expanded.ON_CHIP:
+        norm1 = (_without(bias1, stats1[0]), stats1[1], gamma1, beta1, eps1, act1)
+        centre = None if fixed1 else moments[0]
+        dx, grad_w1, grads["w2"], sums = _expand_dwconv_gradients(
+            backend, need, bool(for_e), G, gate, shift, d, norm2, means2, w2, x, w1, centre, norm1, ctx.window
+        )
+        if for_e:
+            grads |= of_norm("1", need, sums, fixed1, stats1, gamma1, eps1)
+        if not fixed1 and need & {"x", "w1"}:
+            means = means_of_all(sums, stats1, x, group1)
+            dx, grad_w1 = _without_means(backend, need, dx, grad_w1, norm1, means, w1, x, moments)
+        grads["w1"] = grad_w1
+    else:
+        if w1 is not None and ctx.expanded == Expanded.COMPUTED_AGAIN:
+            e, _ = POINTWISE(backend, x, w1, *NO_NORM, None, bias1, None, Reduce.NONE)
+        source, prologue = (x, NO_NORM) if w1 is None else (e, (stats1[0], stats1[1], gamma1, beta1, eps1, act1))
+        stride, top, left, _, _ = ctx.window
+        dz1, grads["w2"], sums = DWCONV_BACKWARD(
+            backend, G, gate, shift, d, *norm2, means2, w2, source, *prologue, stride, top, left,
+            bool(for_e), "w2" in need,
+        )  # fmt: skip
+        dx = dz1
+        if w1 is not None and for_e:
+            grads |= of_norm("1", need, sums, fixed1, stats1, gamma1, eps1)
+            if not need & {"x", "w1"}:
+                return grads
+            means1 = None if fixed1 else means_of_all(sums, stats1, e, group1)
             dx, _, grads["w1"] = POINTWISE_BACKWARD(
-                backend, dz1, None, dz1 if on_chip else e, stats1[0], stats1[1], gamma1, eps1, means1, w1,
+                backend, dz1, None, e, stats1[0], stats1[1], gamma1, eps1, means1, w1,
                 x, *NO_NORM, None, "x" in need, "w1" in need,
             )  # fmt: skip
     if "x" in need:
@@ -207,34 +214,59 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     return grads
 
 
-def _expand_backward(
-    backend: str, need: set[str], dz1: Tensor, norm1: tuple[Any, ...], means1: Tensor, w1: Tensor, x: Tensor,
-    moments: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and of w1 from that of bn1(e), without e.
+def _centred(mean: Tensor) -> tuple[Any, ...]:
+    """What takes the mean off where a BatchNorm and an activation could be."""
+    return mean, torch.ones_like(mean), None, None, 0.0, 0
 
-    BatchNorm's formula subtracts from it a multiple of ehat, which is w1 times a centred x: with respect to w1 that
-    makes a product with the covariance of x, with respect to x one with a matrix of [C, C] (docs/algebra.md).
-    """
-    mean1, var1, gamma1, _, eps1, _ = norm1
-    mean, ones = moments[0], torch.ones_like(moments[0])
-    centred = (mean, ones, None, None, 0.0, 0)
-    through_z, _, grad_weight = POINTWISE_BACKWARD(
-        backend, dz1, None, dz1, mean1, var1, gamma1, eps1, None, w1, x, *centred, None, "x" in need, "w1" in need
+
+def _expand_dwconv_gradients(
+    backend: str, need: set[str], for_e: bool, G: Tensor, gate: Tensor | None, shift: Tensor | None, d: Tensor,
+    norm2: tuple[Any, ...], means2: Tensor | None, w2: Tensor, x: Tensor, w1: Tensor, centre: Tensor | None,
+    norm1: tuple[Any, ...], window: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What EXPAND_DWCONV_GRADIENTS returns; of a backend without it, by two launches."""
+    stride, top, left, _, _ = window
+    needs = "x" in need, "w1" in need
+    if backend in EXPAND_DWCONV_GRADIENTS.overloads:
+        return EXPAND_DWCONV_GRADIENTS(
+            backend, G, gate, shift, d, *norm2, means2, w2, x, w1, centre, *norm1, stride, top, left,
+            for_e, *needs, "w2" in need,
+        )  # fmt: skip
+    dz1, grad_depthwise, sums = EXPAND_DWCONV_BACKWARD(
+        backend, G, gate, shift, d, *norm2, means2, w2, x, w1, *norm1, stride, top, left, for_e, "w2" in need
     )
+    if not any(needs):
+        return x.new_empty(0), x.new_empty(0), grad_depthwise, sums
+    mean1, var1, gamma1, _, eps1, _ = norm1
+    prologue = NO_NORM if centre is None else _centred(centre)
+    grad_x, _, grad_expand = POINTWISE_BACKWARD(
+        backend, dz1, None, dz1, mean1, var1, gamma1, eps1, None, w1, x, *prologue, None, *needs
+    )
+    return grad_x, grad_expand, grad_depthwise, sums
+
+
+def _without_means(
+    backend: str, need: set[str], grad_x: Tensor, grad_weight: Tensor, norm1: tuple[Any, ...], means1: Tensor,
+    w1: Tensor, x: Tensor, moments: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and of w1, given them as if the statistics of bn1 were constants.
+
+    The two means that BatchNorm's formula subtracts from the gradient of bn1(e) are of ones and of ehat, which is a
+    multiple of w1 times a centred x. So what is subtracted from the gradient of w1 is a product with the covariance of
+    x, and from that of x a constant and a product with a [C, C] (docs/algebra.md).
+    """
+    _, var1, gamma1, _, eps1, _ = norm1
     wide, rstd = w1.double(), (var1.double() + eps1).rsqrt()
     factor = rstd if gamma1 is None else rstd * gamma1
     of_one, of_ehat = means1.double()
-    weighted = (factor * rstd * of_ehat)[:, None] * wide  # of e, the multiple of centred x that is taken off
+    weighted = (factor * rstd * of_ehat)[:, None] * wide
     if "w1" in need:
         grad_weight = grad_weight - (weighted @ moments[1:].double() * count(x)).to(grad_weight.dtype)
-    if "x" not in need:
-        return x.new_empty(0), grad_weight
-    bias = -(factor * of_one) @ wide
-    dx, _ = POINTWISE(
-        backend, x, -(wide.T @ weighted).to(x.dtype), *centred, None, bias.to(mean.dtype), through_z, Reduce.NONE
-    )
-    return dx, grad_weight
+    if "x" in need:
+        bias = (-(factor * of_one) @ wide).to(moments.dtype)
+        matrix = -(wide.T @ weighted).to(x.dtype)
+        grad_x, _ = POINTWISE(backend, x, matrix, *_centred(moments[0]), None, bias, grad_x, Reduce.NONE)
+    return grad_x, grad_weight
 
 
 # y = bn3(w3 (act2(bn2(conv(act1(bn1(w1 x + bias1)), w2))) * gate) + bias3) * scale + x, where gate = gate_act(v2
