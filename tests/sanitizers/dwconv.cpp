@@ -19,6 +19,8 @@ static std::vector<Buffer> dwconv(DwconvParams p, int threads) {
   return {y, partials};
 }
 
+constexpr int64_t kExpanded = 19;  // channels of x where it is expanded
+
 static const Cases cases([] {
   struct Shape {
     int64_t n, c, h, w;
@@ -33,20 +35,22 @@ static const Cases cases([] {
         for (int stride : {1, 2})
           for (const Shape& s : kShapes) {
             const int pads[] = {k / 2, 0, 4}, pad = pads[++number % 3];
-            const RandomMap x(dtype, layout, s.n, s.c, s.h, s.w);
-            const Buffer weight = Buffer::random(dtype, s.c * k * k);
+            const bool expands = number % 4 == 0;
+            const RandomMap x(dtype, layout, s.n, expands ? kExpanded : s.c, s.h, s.w);
+            const Buffer expand = Buffer::random(dtype, s.c * kExpanded), weight = Buffer::random(dtype, s.c * k * k);
             const RandomAffine prologue(dtype, s.c, number % 2, number % 3, number % 7);
             const RandomAffine epilogue(dtype, s.c, number % 3, number % 2, number / 7 % 7);
             DwconvParams p{};
             p.dtype = dtype;
-            p.x = x.map;
+            p.x = expands ? Map{nullptr, s.n, s.c, s.h, s.w, 0, 0, 0, 0} : x.map;
+            if (expands) p.expand = {x.map, expand.data()};
             p.weight = weight.data();
             p.kernel_size = k;
             p.stride = stride;
             p.pad_top = p.pad_left = pad;
             p.prologue = prologue.affine;
             p.epilogue = epilogue.affine;
-            p.channels_last = x.channels_last;
+            p.channels_last = expands || x.channels_last;
             p.out_h = std::max<int64_t>((s.h + 2 * pad - k) / stride + 1, 1);
             p.out_w = std::max<int64_t>((s.w + 2 * pad - k) / stride + 1, 1);
             p.reduce = kReductions[number % 5 % 3];
