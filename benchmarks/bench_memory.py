@@ -37,7 +37,8 @@ def implementations(setting: suite.Setting, dtype: torch.dtype) -> list[str]:
 def test_kept_for_backward(benchmark, setting, dtype):
     """By the blocks."""
     form = {"device": setting.device, "dtype": dtype}
-    x = torch.randn(suite.BATCH, 32, SIZE // 2, SIZE // 2, **form, requires_grad=True)
+    x = torch.randn(suite.BATCH, 32, SIZE // 2, SIZE // 2, **form)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def kept(implementation: str) -> float:
         blocks = network(implementation, form).features[1:8]

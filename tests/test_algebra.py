@@ -55,3 +55,5 @@ def test_the_formulas_give_the_gradients_of_autograd(kernel_size):
     for name, gradient in [*found["gradients"].items(), *found["without_e"].items()]:
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < 1e-12, f"{name}: relative error {error:.1e}"
+    moments = found["e"].var((0, 2, 3), unbiased=False), found["e"].mean((0, 2, 3))
+    torch.testing.assert_close((found["variance_of_e"], found["mean_of_e"]), moments, rtol=1e-11, atol=1e-11)
