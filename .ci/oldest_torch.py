@@ -34,9 +34,9 @@ def main() -> None:
             return subprocess.run(command).returncode == 0
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            failed = [source.parent.name for source, fine in zip(sources, pool.map(compiles, sources)) if not fine]
-        print(f"{wheel.name}: {len(sources)} sources" + (f", of which these do not compile: {failed}" if failed else ""))
-        sys.exit(bool(failed))
+            fine = list(pool.map(compiles, sources))
+        print(f"{wheel.name}: {sum(fine)} of {len(sources)} sources compile")
+        sys.exit(not all(fine))
 
 
 if __name__ == "__main__":
