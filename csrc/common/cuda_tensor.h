@@ -23,6 +23,15 @@ inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
   return dtype;
 }
 
+// Whether x may be multiplied in TF32: as torch convolves in float32 on CUDA. Only Python knows of that setting: the
+// stable ABI does not.
+inline bool multiplies_in_tf32(const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Float) return false;
+  StableIValue stack[1] = {};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkernels::allow_tf32", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 // Uninitialised, in the dtype and device of x.
 inline Tensor empty_map(const Tensor& x, const std::vector<int64_t>& sizes, bool channels_last) {
   return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt,

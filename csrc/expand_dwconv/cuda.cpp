@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> expand_dwconv(
   const ChannelVectors norm2({mean2, var2, gamma2, beta2}, eps2, act2, hidden, x);
   const DeviceGuard guard(x.get_device_index());
   Problem q = make_problem(x, expand, norm1.transform, depthwise, norm2.transform, stride, pad_top, pad_left, out_h,
-                           out_w);
+                           out_w, multiplies_in_tf32(x));
   q.reduce = reduce_of(reduce);
 
   Tensor d = empty_map(x, {q.x.n, hidden, out_h, out_w}, true);

@@ -8,13 +8,14 @@ namespace effk::expand_dwconv {
 
 // All but the reduction and the memory of d, which is dense in channels_last. The weights, `expand` [hidden, C] or
 // [hidden, C, 1, 1] and `depthwise` [hidden, 1, k, k], must outlive the launch, and are made dense. The caller
-// holds a DeviceGuard.
+// holds a DeviceGuard, and says if float32 is multiplied in TF32.
 inline Problem make_problem(const Tensor& x, Tensor& expand, const Transform& norm1, Tensor& depthwise,
                             const Transform& norm2, int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h,
-                            int64_t out_w) {
+                            int64_t out_w, bool tf32) {
   Problem q{};
   q.x = map_of(x, "x");
   q.dtype = kernel_dtype(x, "x");
+  q.tf32 = tf32;
   const int64_t hidden = expand.dim() >= 2 ? expand.size(0) : 0, k = depthwise.dim() == 4 ? depthwise.size(2) : 0;
   require(hidden > 0 && expand.size(1) == q.x.c && expand.numel() == hidden * q.x.c,
           "expand must be [hidden, C] with C = " + std::to_string(q.x.c));

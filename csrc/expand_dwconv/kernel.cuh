@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
       using Product = WarpProduct<T, kUnitPixels / 16, kUnitChannels / 8>;
       const int down = unit / across, row0 = down * kUnitPixels, column0 = (unit - down * across) * kUnitChannels;
       Product product;
-      product.add(x_tile + row0 * p.pitch, p.pitch, expand + column0 * p.pitch, p.pitch, p.depth);
+      product.add(x_tile + row0 * p.pitch, p.pitch, expand + column0 * p.pitch, p.pitch, p.depth, p.tf32);
       constexpr int kValues = 2 * Product::kLaneColumns;
       Folded norm[kValues];
 #pragma unroll

@@ -37,6 +37,7 @@ struct Gpu {
 struct Problem {
   Map x, d;  // d is dense, in channels_last
   Dtype dtype;
+  bool tf32;  // whether float32 is multiplied in it
   const void *expand, *depthwise;  // [hidden, C], [hidden, 1, k, k], contiguous
   int kernel_size, stride, pad_top, pad_left;
   Transform norm1, norm2;
@@ -59,7 +60,7 @@ struct Params {
   int weight_pitch;          // floats between the taps' weights
   // Bytes of shared memory before these; x comes first.
   int expand_offset, e_offset, norm_offset, weight_offset, sum_offset;
-  bool x_aligned, expand_aligned, d_vector;
+  bool x_aligned, expand_aligned, d_vector, tf32;
 };
 
 using Plan = ReducingPlan<Instance, Params>;
@@ -115,10 +116,11 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
 // Estimated cycles of a multiprocessor, whose busiest units are counted.
 constexpr double kBytesPerCycle = 32, kDramBytesPerCycle = 10, kLaunch = 3000, kBlockOverhead = 1500;
 
-// For a product of kUnitPixels by kUnitChannels: shared memory feeds matrix instructions, so many `steps` for each 16
-// channels of depth; 128 lanes multiply float32.
+// For a product of kUnitPixels by kUnitChannels: shared memory feeds matrix instructions, so many `steps` for each 32
+// bytes of depth; 128 lanes multiply float32.
 inline double product_cycles(const Problem& q, double steps) {
-  return q.dtype == Dtype::kFloat32 ? 4.0 * q.x.c : steps * std::ceil(q.x.c / 16.0);
+  if (q.dtype == Dtype::kFloat32 && !q.tf32) return 4.0 * q.x.c;
+  return steps * std::ceil(q.x.c * size_of(q.dtype) / 32.0);
 }
 
 // To activate as many values: 16 special functions a cycle, two for each.
@@ -225,6 +227,7 @@ inline Plan make_plan(const Problem& q, const Tile& t) {
   p.x_aligned = vectorizes(q.x, q.dtype, true, vector);
   p.expand_aligned = p.c % vector == 0 && reinterpret_cast<uintptr_t>(q.expand) % kVectorBytes == 0;
   p.d_vector = vectorizes(q.d, q.dtype, true, lanes(q.kernel_size));
+  p.tf32 = q.tf32;
   plan.reduce(q.reduce, to_int32(q.x.n, "the batch"), p.tiles_h * p.tiles_w, p.hidden);
   return plan;
 }

@@ -19,6 +19,7 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
   const Transform nothing = make_transform(nullptr, nullptr, nullptr, nullptr, 0, 0, kIdentity);
   const DeviceGuard guard(x.get_device_index());
   const Stream stream = current_stream(x);
+  const bool tf32 = multiplies_in_tf32(x);
   Tensor y = empty_map(x, {n, out_c, out_h, out_w});
   if (y.numel() == 0) return y;
 
@@ -37,7 +38,7 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
   std::optional<expand_dwconv::Plan> fused;
   if (expand) {
     auto q = expand_dwconv::make_problem(x, *expand, norm1.transform, depthwise_weight, norm2.transform, stride,
-                                         pad_top, pad_left, out_h, out_w);
+                                         pad_top, pad_left, out_h, out_w, tf32);
     q.d.data = d.data_ptr();
     q.reduce = reduce;
     const auto tile = expand_dwconv::best_tile(q);
@@ -50,7 +51,7 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
     if (expand) {
       e = empty_map(x, {n, hidden, x.size(2), x.size(3)}, true);
       std::optional<Tensor> no_gate;
-      auto q = pointwise_inference::make_problem(x, *expand, norm1.transform, no_gate, std::nullopt);
+      auto q = pointwise_inference::make_problem(x, *expand, norm1.transform, no_gate, std::nullopt, tf32);
       q.y = map_of(e, "e");
       execute(pointwise_inference::make_plan(q), stream);
     }
@@ -71,7 +72,7 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
   }
   Tensor project_weight = project;
   auto q = pointwise_inference::make_problem(d, project_weight, norm3.transform, gates,
-                                             residual ? std::optional<Tensor>(x) : std::nullopt);
+                                             residual ? std::optional<Tensor>(x) : std::nullopt, tf32);
   q.y = map_of(y, "y");
   execute(pointwise_inference::make_plan(q), stream);
   return y;

@@ -9,7 +9,7 @@ Tensor pointwise_inference(Tensor x, Tensor weight, std::optional<Tensor> mean, 
                            std::optional<Tensor> gate, std::optional<Tensor> residual) {
   const ChannelVectors vectors({mean, var, gamma, beta}, eps, act, weight.size(0), x);
   const DeviceGuard guard(x.get_device_index());
-  Problem q = make_problem(x, weight, vectors.transform, gate, residual);
+  Problem q = make_problem(x, weight, vectors.transform, gate, residual, multiplies_in_tf32(x));
   Tensor y = empty_map(x, {q.x.n, weight.size(0), q.x.h, q.x.w});
   if (y.numel() == 0) return y;
   q.y = map_of(y, "y");

@@ -6,12 +6,14 @@
 
 namespace effk::pointwise_inference {
 
-// All but the output. `weight` [O, C] or [O, C, 1, 1] and `gate` must outlive the launch, and are made dense.
+// All but the output. `weight` [O, C] or [O, C, 1, 1] and `gate` must outlive the launch, and are made dense. `tf32`:
+// float32 is multiplied in it.
 inline Problem make_problem(const Tensor& x, Tensor& weight, const Transform& epilogue, std::optional<Tensor>& gate,
-                            const std::optional<Tensor>& residual) {
+                            const std::optional<Tensor>& residual, bool tf32) {
   Problem q{};
   q.x = map_of(x, "x");
   q.dtype = kernel_dtype(x, "x");
+  q.tf32 = tf32;
   const bool flat = weight.dim() == 2 || (weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1);
   require(flat && weight.size(1) == q.x.c && weight.scalar_type() == x.scalar_type(),
           "weight must be [O, C] with C = " + std::to_string(q.x.c) + ", in the dtype of x");

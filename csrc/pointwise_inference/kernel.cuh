@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
     for (int k = 0; k < p.c; k += kChunk<T>) {
       const bool more = k + kChunk<T> < p.c;
       if (more) load(k + kChunk<T>);
-      product.add(buffer + row0 * kPitch<T>, kPitch<T>, buffer + (kPixels + column0) * kPitch<T>, kPitch<T>, kChunk<T>);
+      product.add(buffer + row0 * kPitch<T>, kPitch<T>, buffer + (kPixels + column0) * kPitch<T>, kPitch<T>, kChunk<T>,
+                  p.tf32);
       if (more) store(next);
       __syncthreads();
       T* done = buffer;

@@ -42,6 +42,7 @@ inline std::string kernel_name(const Instance& i) {
 struct Problem {
   Map x, y, residual;  // residual.data may be null
   Dtype dtype;
+  bool tf32;           // whether float32 is multiplied in it
   const void* weight;  // [O, C], contiguous
   const float* gate;   // [N, C] or null
   Transform epilogue;
@@ -57,6 +58,7 @@ struct Params {
   int tiles, channel_tiles;
   // Whether 16 bytes along channels are one aligned access: of x and gate, of weight, of y and residual.
   bool x_aligned, weight_aligned, y_aligned;
+  bool tf32;
 };
 
 using Plan = Launch<Instance, Params>;
@@ -64,7 +66,7 @@ using Plan = Launch<Instance, Params>;
 // Estimated cost of a launch in bytes brought to multiprocessors. A launch of few blocks leaves some idle.
 inline double cost(const Problem& q, const Tile& t) {
   constexpr double kEnoughBlocks = 216, kBlockOverhead = 16384;
-  const double flops_per_byte = q.dtype == Dtype::kFloat32 ? 8 : 64;
+  const double flops_per_byte = q.dtype != Dtype::kFloat32 ? 64 : q.tf32 ? 32 : 8;
   const double blocks = double(q.x.n * ceil_div(q.x.h * q.x.w, t.pixels) * ceil_div(q.y.c, t.channels));
   const double loads = double(t.pixels + t.channels) * q.x.c * size_of(q.dtype);
   const double flops = 2.0 * t.pixels * t.channels * q.x.c;
@@ -98,6 +100,7 @@ inline Plan make_plan(const Problem& q) {
   p.weight_aligned = p.c % vector == 0 && aligned(q.weight);
   p.y_aligned = vectorizes(q.y, q.dtype, true, vector) &&
                 (!p.residual || vectorizes(q.residual, q.dtype, true, vector));
+  p.tf32 = q.tf32;
   const int64_t blocks = q.x.n * p.tiles * p.channel_tiles;
   plan.instance = {q.dtype, t};
   plan.grid = unsigned(to_int32(blocks, "the number of blocks"));

@@ -21,6 +21,7 @@ from torch import Tensor
 from effkernels import backends, ops
 from effkernels.ops._activation import Activation
 from effkernels.ops._op import Op
+from effkernels.ops._precision import tf32
 
 # Rounding errors that are always granted, in ulps. Nothing is more exact than eager PyTorch in float64: that differs
 # from a kernel by the order of sums alone.
@@ -44,6 +45,8 @@ class Case(ABC):
 
     op: ClassVar[Op]
     dtype: torch.dtype = torch.float32
+    # Whether float32 may be multiplied in TF32, which answers are then compared with.
+    tf32: bool = False
     # "core" cases take every path of every kernel and run wherever kernels run; "instance" cases name each instance
     # of the CUDA kernels; the others run where a case takes milliseconds.
     tag: str = ""
@@ -88,7 +91,8 @@ class Case(ABC):
     def _run(self, backend: str, device: str, seed: int) -> tuple[tuple[Tensor, ...], list[Comparison]]:
         arguments = self.arguments(seed)
         given = tuple(_moved(a, device) for a in arguments)
-        outputs = _as_tuple(self.op(backend, *given))
+        with tf32(self.tf32):
+            outputs = _as_tuple(self.op(backend, *given))
         for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
             if isinstance(before, Tensor) and not torch.equal(_stored_bytes(before), _stored_bytes(after).cpu()):
                 raise AssertionError(f"{self}: the op wrote to its argument {i}")

@@ -19,4 +19,5 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 }
 
 extern "C" void cuda_on_cpu_set_seed(uint32_t seed) { cuda_on_cpu::block.order.seed(seed); }
+extern "C" void cuda_on_cpu_set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
 extern "C" void cuda_on_cpu_set_launcher(cuda_on_cpu::Launcher launcher) { cuda_on_cpu::launcher = launcher; }

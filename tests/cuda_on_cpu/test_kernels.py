@@ -11,6 +11,7 @@ import library
 import pytest
 import torch
 from hypothesis import given, settings
+from shape_classes import sample
 from strategies import drawn_cases
 
 from effkernels.ops._cases import cases_for
@@ -37,3 +38,12 @@ def test_same_bits_in_any_order(case):
         LOADED.cuda_on_cpu_set_seed(seed)
         results.append(case.op("cuda", *case.arguments()))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("small", sample().values(), ids=str)
+def test_class_of_blocks(small):
+    LOADED.cuda_on_cpu_set_multiprocessors(small.multiprocessors)
+    try:
+        small.case().check("cuda")
+    finally:
+        LOADED.cuda_on_cpu_set_multiprocessors(108)

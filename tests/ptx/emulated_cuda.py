@@ -91,8 +91,8 @@ class _Tensors(TorchDispatchMode):
 
 
 @contextmanager
-def installed(execute: Any = run) -> Iterator[None]:
-    """Gives every launch to `execute`."""
+def installed(execute: Any = run) -> Iterator[ctypes.CDLL]:
+    """Gives every launch to `execute`. Yields the library, which has the emulated GPU's controls."""
     reached: list[Tensor] = []
     failures: list[BaseException] = []
 
@@ -115,6 +115,6 @@ def installed(execute: Any = run) -> Iterator[None]:
     loaded, registrations = library.install(library.build("-O0"), around)
     loaded.cuda_on_cpu_set_launcher(launch)
     try:
-        yield
+        yield loaded
     finally:
         registrations._destroy()

@@ -6,37 +6,16 @@ of a GPU that makes a time, without latency or occupancy.
 
 import pathlib
 import sys
-from collections import Counter
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # as pytest does
 
 import emulated_cuda
-import torch
-
-from effkernels.models.configs import CONFIGS
-from effkernels.ops.mbconv_inference.cases import MbconvInference
+from shape_classes import blocks
 
 BATCH = 4
 GPUS = ("A100", "H100", "L4", "RTX4090")
 HEAD = ("block", "times", "launches", "MB", *GPUS)
-
-
-def blocks() -> Counter[MbconvInference]:
-    """Those of the network, each as often as it occurs."""
-    config, found = CONFIGS["efficientnet_b0"], Counter[MbconvInference]()
-    channels, size = config.stem_channels, config.resolution // 2
-    for stage in config.stages:
-        for i in range(stage.repeats):
-            stride = 1 if i else stage.stride
-            case = MbconvInference(
-                dtype=torch.float16, shape=(BATCH, channels, size, size), outputs=stage.out_channels,
-                ratio=stage.expand_ratio if stage.expand_ratio > 1 else 0, kernel_size=stage.kernel_size, stride=stride,
-                squeezed=int(channels * stage.se_ratio), residual=stride == 1 and channels == stage.out_channels,
-            )  # fmt: skip
-            found[case] += 1
-            channels, size = stage.out_channels, size // stride
-    return found
 
 
 def main() -> None:
@@ -44,7 +23,8 @@ def main() -> None:
     total = [0.0] * (2 + len(GPUS))
     print(f"| {' | '.join(HEAD)} |", "|---|" + "---:|" * (len(HEAD) - 1), sep="\n")
     with emulated_cuda.installed():
-        for case, times in blocks().items():
+        for block, times in blocks("efficientnet_b0").items():
+            case = block.case(BATCH, block.size)
             emulated_cuda.launches.clear()
             case.op("cuda", *case.arguments())
             results = [launch.result for launch in emulated_cuda.launches]

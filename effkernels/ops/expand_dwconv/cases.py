@@ -24,6 +24,7 @@ from effkernels.ops._cases import (
 )
 from effkernels.ops._geometry import resolve_padding
 from effkernels.ops._op import Op
+from effkernels.ops._precision import rounded_to_tf32
 from effkernels.ops.batch_norm.cases import SMOOTH, compare_sums
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv import STRIDES
@@ -73,7 +74,11 @@ class ExpandDwconv(Case):
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
         d, sums = outputs
         *given, reduce = arguments
-        yield Comparison("d", d, reference.expand_dwconv(*given), reference.expand_dwconv(*as_float64(given)))
+        exact = reference.expand_dwconv(*as_float64(given))
+        if self.tf32:
+            x, expand, *rest = given
+            given = [rounded_to_tf32(x), rounded_to_tf32(expand), *rest]
+        yield Comparison("d", d, reference.expand_dwconv(*given), exact)
         yield from compare_sums(sums, d, reduce)
 
 
@@ -153,6 +158,10 @@ CORE: list[dict[str, Any]] = [
     dict(shape=(2, 17, 6, 7), hidden=50, dtype=f16, layout="sliced channels_last"),
     dict(shape=(1, 24, 6, 7), hidden=16, dtype=bf16, values="nonfinite"),
     dict(shape=(0, 8, 6, 7), hidden=16, dtype=f16),
+    # In TF32.
+    dict(shape=(1, 24, 15, 17), hidden=72, tf32=True),
+    dict(shape=(2, 17, 9, 8), hidden=50, layout="nchw", kernel_size=5, stride=2, tf32=True),
+    dict(shape=(1, 12, 6, 7), hidden=16, values="nonfinite", tf32=True),
 ]  # fmt: skip
 CORE_BACKWARD: list[dict[str, Any]] = [
     dict(shape=(3, 2, 1, 1), hidden=3),

@@ -9,6 +9,7 @@ from torch import Tensor
 from effkernels import _native
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import COMPOSITIONS, Flops, Op
+from effkernels.ops._precision import allow_tf32
 from effkernels.ops.batch_norm.op import Reduce, statistics_dtype
 from effkernels.ops.dwconv.op import DWCONV, NO_NORM
 from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV
@@ -98,8 +99,9 @@ def _expands_inside(x: Tensor, depthwise: Tensor, window: Sequence[int]) -> bool
     maps = [(0, tuple(t.shape), t.stride()) for t in (x, d)]
     norm = ((0,) * 4, 0.0, 0, 0)
     plan = _native.introspection.expand_dwconv_plan(
-        *maps, str(x.dtype).removeprefix("torch."), 0, norm, 0, norm, depthwise.shape[2], stride, top, left, 0
-    )
+        *maps, str(x.dtype).removeprefix("torch."), 0, norm, 0, norm, depthwise.shape[2], stride, top, left, 0,
+        x.dtype == torch.float32 and allow_tf32(),
+    )  # fmt: skip
     return plan is not None and plan["worthwhile"]
 
 

@@ -23,6 +23,7 @@ from effkernels.ops._cases import (
     maps,
 )
 from effkernels.ops._op import Op
+from effkernels.ops._precision import rounded_to_tf32
 from effkernels.ops.batch_norm.cases import image_vectors, memory_of
 from effkernels.ops.pointwise_inference import reference
 from effkernels.ops.pointwise_inference.op import POINTWISE_INFERENCE
@@ -59,8 +60,12 @@ class PointwiseInference(Case):
         )  # fmt: skip
 
     def compare(self, arguments: tuple[Any, ...], outputs: Sequence[Tensor]) -> Iterator[Comparison]:
-        eager, exact = (reference.pointwise_inference(*a) for a in (arguments, as_float64(arguments)))
-        yield Comparison("y", outputs[0], eager, exact)
+        exact = reference.pointwise_inference(*as_float64(arguments))
+        if self.tf32:
+            x, weight, *norm, gate, residual = arguments
+            gated = x if gate is None else x * gate[:, :, None, None]
+            arguments = (rounded_to_tf32(gated), rounded_to_tf32(weight), *norm, None, residual)
+        yield Comparison("y", outputs[0], reference.pointwise_inference(*arguments), exact)
 
 
 f32, f16, bf16 = DTYPES
@@ -82,6 +87,9 @@ CORE: list[dict[str, Any]] = [
     dict(shape=(2, 24, 6, 7), outputs=16, layout="sliced channels_last", dtype=f16, gated=False),
     dict(shape=(2, 24, 6, 7), outputs=16, layout="aligned channels_last", dtype=f16),
     dict(shape=(0, 8, 6, 7), outputs=8, layout="channels_last"),
+    # In TF32.
+    dict(shape=(1, 72, 5, 6), outputs=136, layout="channels_last", tf32=True),
+    dict(shape=(2, 35, 9, 9), outputs=40, residual=True, tf32=True, values="nonfinite"),
     dict(shape=(1, 24, 6, 7), outputs=16, layout="channels_last", dtype=f16, values="nonfinite", norm=SILU),
 ]
 
@@ -92,10 +100,11 @@ def _cases() -> Iterator[Case]:
         yield PointwiseInference(tag="core", **core)
     # Each tile: wide maps, and small ones of many channels, are cut into enough larger ones.
     tiles = (((1, 96, 7, 7), 24), ((1, 8, 144, 146), 56), ((48, 8, 7, 7), 320))
-    for (shape, outputs), dtype in itertools.product(tiles, DTYPES):
+    for (shape, outputs), (dtype, tf32) in itertools.product(tiles, ((f32, True), *((t, False) for t in DTYPES))):
         yield PointwiseInference(
-            tag="instance", shape=shape, outputs=outputs, layout="channels_last", dtype=dtype, residual=True
-        )
+            tag="instance", shape=shape, outputs=outputs, layout="channels_last", dtype=dtype, residual=True,
+            tf32=tf32,
+        )  # fmt: skip
     for m in maps(numbers):
         yield PointwiseInference(
             **m, outputs=numbers.choice((1, 16, 50)), norm=drawn_norm(numbers), gated=numbers.choice((True, False)),

@@ -239,6 +239,9 @@ using Launcher = void (*)(const char* kernel, unsigned grid, unsigned block, siz
                           size_t size);
 inline Launcher launcher = nullptr;
 
+// What the emulated GPU says that it has.
+inline int multiprocessors = 108;
+
 }  // namespace cuda_on_cpu
 
 // --- what kernels call ------------------------------------------------------------------------------------------------
@@ -346,8 +349,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kValues[] = {108, cuda_on_cpu::kMaxShared, 100 * 1024};
-  *value = kValues[attribute];
+  const int values[] = {cuda_on_cpu::multiprocessors, cuda_on_cpu::kMaxShared, 100 * 1024};
+  *value = values[attribute];
   return cudaSuccess;
 }
 
