@@ -13,8 +13,10 @@ std::tuple<Tensor, Tensor> expand_dwconv(
   const ChannelVectors norm1({mean1, var1, gamma1, beta1}, eps1, act1, hidden, x);
   const ChannelVectors norm2({mean2, var2, gamma2, beta2}, eps2, act2, hidden, x);
   const DeviceGuard guard(x.get_device_index());
+  // Statistics are asked for in training, which expands again on its way back, in float32.
+  const bool tf32 = reduce_of(reduce) != Reduce::kStatistics && multiplies_in_tf32(x);
   Problem q = make_problem(x, expand, norm1.transform, depthwise, norm2.transform, stride, pad_top, pad_left, out_h,
-                           out_w, multiplies_in_tf32(x));
+                           out_w, tf32);
   q.reduce = reduce_of(reduce);
 
   Tensor d = empty_map(x, {q.x.n, hidden, out_h, out_w}, true);
