@@ -38,16 +38,15 @@ def test_at_most_three_launches_in_a_block(cuda_takes_cpu_tensors, name, layout)
     assert all(1 < len(kernels) <= 3 for kernels in counts), counts
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_float32_is_multiplied_as_convolutions_are(monkeypatch, precision):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_is_multiplied_as_convolutions_are(allowed):
     case = MbconvInference(shape=(1, 16, 7, 7), outputs=16)
     emulated_cuda.options = {"profile": True}
     emulated_cuda.launches.clear()
-    with emulated_cuda.installed():
+    with emulated_cuda.installed(), torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
         case.op("cuda", *case.arguments())
     products = [launch.result.profile.mma_flops for launch in emulated_cuda.launches if "gate" not in launch.kernel]
-    assert [set(flops) for flops in products] == ([{"tf32"}] * 2 if precision == "tf32" else [set()] * 2)
+    assert [set(+flops) for flops in products] == [{"tf32"} if allowed else set()] * 2
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
