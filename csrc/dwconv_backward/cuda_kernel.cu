@@ -6,7 +6,7 @@ namespace effk::dwconv_backward {
 
 template <class T, int K, int S>
 static auto select(const Instance& i) {
-  return i.channels_last ? kernel<T, K, S, true> : kernel<T, K, S, false>;
+  return i.channels_last ? kernel<T, K, S, true, false> : kernel<T, K, S, false, false>;
 }
 
 template <class T, int K>

@@ -2,8 +2,10 @@
 //
 // A block takes tiles of the input one after the other, of the same channels. Of each it stages dy, the gradient of the
 // raw output, with what of it lies around the tile: each value is normalised and its slope taken once. A thread owns a
-// column of steps: it slides down the staged tile, the rows of dy that its input sees in registers beside the weights and
-// the sums of the weight's gradient. Its own pixels of the input are read, activated and done with step by step.
+// column of steps: it slides down the staged tile, the rows of dy that its input sees in registers beside the weights
+// and the sums of the weight's gradient. Its own pixels of the input are read, activated and done with step by step.
+// Where the input is an expansion, the block first makes that of the tile's pixels, on matrix instructions, in shared
+// memory, and reads it there.
 #pragma once
 
 #include "common/cuda_vec.cuh"
@@ -11,6 +13,7 @@
 #include "common/transform.cuh"
 #include "dwconv/kernel.cuh"
 #include "dwconv_backward/plan.h"
+#include "expand_dwconv/expand.cuh"
 
 namespace effk::dwconv_backward {
 
@@ -131,14 +134,39 @@ __device__ __forceinline__ void stage_nchw(const Params& p, const ChannelBackwar
   }
 }
 
-template <class T, int K, int S, bool kChannelsLast>
+// Where a tile begins: its first step, and the first pixel of that.
+template <int S>
+struct Place {
+  int64_t n;
+  int u, v, x, y;
+
+  __device__ __forceinline__ Place(const Params& p, int index) {
+    n = index / (p.tiles_h * p.tiles_w);
+    const int in_map = index % (p.tiles_h * p.tiles_w);
+    u = p.pad_left / S + in_map % p.tiles_w * p.tile_w;
+    v = p.pad_top / S + in_map / p.tiles_w * p.strips * steps(S);
+    x = u * S - p.pad_left;
+    y = v * S - p.pad_top;
+  }
+
+  // The tile's part on the map.
+  __device__ __forceinline__ Window window(const Params& p) const {
+    return {x, y, p.tile_w * S, p.strips * steps(S) * S, p.w, p.h};
+  }
+};
+
+template <class T, int K, int S, bool kChannelsLast, bool kExpands>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) kernel(const Params p) {
+  static_assert(kChannelsLast || !kExpands, "layout");
   constexpr int V = kChannelsLast ? lanes(K) : 1, kReach = reach(K, S), kSteps = steps(S);
   unsigned char* shared = shared_memory();
   ChannelBackward* after = reinterpret_cast<ChannelBackward*>(shared);
   Normalize* before = reinterpret_cast<Normalize*>(shared + p.before_offset);
   float* weights = reinterpret_cast<float*>(shared + p.weight_offset);
   float* tile = reinterpret_cast<float*>(shared + p.tile_offset);
+  T* narrow = reinterpret_cast<T*>(shared + p.narrow_offset);
+  T* expand = reinterpret_cast<T*>(shared + p.expand_offset);
+  float* e_tile = reinterpret_cast<float*>(shared + p.e_offset);
   const int tid = threadIdx.x, threads = blockDim.x;
   const int c0 = blockIdx.x % p.groups * p.group, part = blockIdx.x / p.groups, count = min(p.group, p.c - c0);
 
@@ -181,35 +209,56 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
     for (int v = 0; v < V; ++v) sums[i][v] = 0.0f;
 
   const int first_tile = part * p.tiles_each, end_tile = min(first_tile + p.tiles_each, p.tiles);
+  if constexpr (kExpands) {
+    stage_weights(expand, p.operands, c0, p.group, p.c, threads);
+    const Place<S> place(p, first_tile);
+    stage_pixels(narrow, p.operands, place.window(p), place.n, place.x, place.y, threads);
+  }
   for (int index = first_tile; index < end_tile; ++index) {
-    const int64_t n = index / (p.tiles_h * p.tiles_w);
-    const int in_map = index % (p.tiles_h * p.tiles_w);
-    const int u0 = p.pad_left / S + in_map % p.tiles_w * p.tile_w;
-    const int v0 = p.pad_top / S + in_map / p.tiles_w * p.strips * kSteps;
-    const int x0 = u0 - kReach, y0 = v0 - kReach;  // where dy begins
+    const Place<S> place(p, index);
+    const int64_t n = place.n;
+    const int x0 = place.u - kReach, y0 = place.v - kReach;  // where dy begins
     const int lead = kChannelsLast ? 0 : (x0 % p.grad_vector + p.grad_vector) % p.grad_vector;
 
-    int row = (v0 + strip * kSteps) * S - p.pad_top;
-    const int column0 = (u0 + column) * S - p.pad_left;
+    int row = place.y + strip * kSteps * S;
+    const int column0 = place.x + column * S;
     const auto start = [&](const void* map, const Strides& stride) {
       return static_cast<const T*>(map) + n * stride.n + c * stride.c + int64_t{row} * stride.h +
              int64_t{column0} * stride.w;
     };
-    const T* x = start(p.x, p.x_stride);
     T* out = const_cast<T*>(start(p.grad_norm, p.grad_norm_stride));
+    const Window own = place.window(p);
+    using Stored = std::conditional_t<kExpands, float, T>;
+    const Stored* x;
+    int x_row, x_column;
+    if constexpr (kExpands) {
+      x_column = p.e_pitch;
+      x_row = own.width * x_column;
+      x = e_tile + (row - place.y - own.top) * x_row + (column0 - place.x - own.left) * x_column + lane;
+    } else {
+      x_row = p.x_stride.h;
+      x_column = p.x_stride.w;
+      x = start(p.x, p.x_stride);
+    }
     const auto exists = [&](int r, int q) {
       return unsigned(row + r) < unsigned(p.h) && unsigned(column0 + q) < unsigned(p.w);
     };
-    Vec<T, V> next[S][S];  // a step's pixels are loaded while the one before is worked on
+    Vec<Stored, V> next[S][S];  // a step's pixels are loaded while the one before is worked on
     const auto load_next = [&](int ahead) {
 #pragma unroll
       for (int r = 0; r < S; ++r)
 #pragma unroll
-        for (int q = 0; q < S; ++q)
-          next[r][q] = load_some<V>(x + (ahead + r) * int64_t{p.x_stride.h} + q * p.x_stride.w, p.x_stride.c,
-                                    exists(ahead + r, q) ? valid : 0, p.x_vector);
+        for (int q = 0; q < S; ++q) {
+          const Stored* pixel = x + (ahead + r) * int64_t{x_row} + q * x_column;
+          const bool here = exists(ahead + r, q);
+          if constexpr (kExpands) {
+            next[r][q] = here ? Vec<float, V>::load(pixel) : Vec<float, V>{};
+          } else {
+            next[r][q] = load_some<V>(pixel, p.x_stride.c, here ? valid : 0, p.x_vector);
+          }
+        }
     };
-    load_next(0);
+    if constexpr (!kExpands) load_next(0);
 
     __syncthreads();  // the threads are done with the tile before
     // Around the map dy is zero, and stays so where a tile is a map.
@@ -218,6 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
       clear_shared(tile, (kChannelsLast ? (rows * columns * p.group + 3) / 4 * 4 : p.group * p.plane_pitch) *
                              int(sizeof(float)));
     for (int i = tid; i < count; i += threads) set_image(after[i], p.after, n, c0 + i, p.c);
+    if constexpr (kExpands) wait_for_copies();
     __syncthreads();
     if constexpr (kChannelsLast) {
       const Window inside(x0, y0, columns, rows, p.out_w, p.out_h);
@@ -233,7 +283,29 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
         }
       });
     }
+    if constexpr (kExpands) {
+      using Product = UnitProduct<T>;
+      const int pixels = own.width * own.height;
+      multiply_pixels(narrow, expand, p.operands, pixels, p.group, threads, false, [&](const Product& product,
+                                                                                        int pixel0, int channel0) {
+#pragma unroll
+        for (int i = 0; i < Product::kLaneRows; ++i) {
+          const int pixel = pixel0 + product.row(i);
+          if (pixel >= pixels) break;
+#pragma unroll
+          for (int j = 0; j < Product::kLaneColumns; ++j)
+            product.pair(i, j).store(e_tile + pixel * p.e_pitch + channel0 + product.column(j));
+        }
+      });
+    }
     __syncthreads();
+    if constexpr (kExpands) {
+      if (index + 1 < end_tile) {
+        const Place<S> following(p, index + 1);
+        stage_pixels(narrow, p.operands, following.window(p), following.n, following.x, following.y, threads);
+      }
+      load_next(0);
+    }
 
     float weight[K * K][V];
     Normalize normalize[V];
@@ -311,7 +383,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(K, kChannelsLast)) 
           }
         }
         row += S;
-        x += S * int64_t{p.x_stride.h};
+        x += S * int64_t{x_row};
         out += S * int64_t{p.grad_norm_stride.h};
       }
     }

@@ -1,15 +1,18 @@
-// The CUDA launches of the depthwise convolution's backward: which kernel, how the map is cut into tiles, what the kernel
-// is told.
+// The CUDA launches of the depthwise convolution's backward: which kernel, how the map is cut into tiles, what the
+// kernel is told.
 //
 // Rows and columns of the input are counted from the padding's first, in steps of the stride: step u has the input
 // columns S * u to S * u + S - 1, and of the output the columns u - reach to u see them, reach = (K - 1) / S.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
+#include <optional>
 
 #include "common/layout.h"
 #include "common/partial_sums.h"
 #include "common/transform.h"
+#include "expand_dwconv/expand.h"
 
 namespace effk::dwconv_backward {
 
@@ -30,14 +33,15 @@ constexpr int blocks_per_sm(int kernel_size, bool channels_last) {
 constexpr int kMaxShared = 48 * 1024;  // what every GPU grants without an opt-in
 
 struct Instance {
-  bool channels_last;
+  bool channels_last, expands;  // expands only in channels_last
   Dtype dtype;
   int kernel_size, stride;
 };
 
 inline std::string kernel_name(const Instance& i) {
   return "effk::dwconv_backward::kernel<" + cuda_name(i.dtype) + ", " + std::to_string(i.kernel_size) + ", " +
-         std::to_string(i.stride) + ", " + (i.channels_last ? "true" : "false") + ">";
+         std::to_string(i.stride) + ", " + (i.channels_last ? "true" : "false") + ", " +
+         (i.expands ? "true" : "false") + ">";
 }
 
 struct Problem {
@@ -49,6 +53,11 @@ struct Problem {
   Transform before;
   bool need_weight;
   bool channels_last;  // the layout of x
+  // If it `expands`, x is not in memory but a product: of expand [hidden, C], contiguous, and narrow [N, C, H, W].
+  bool expands = false;
+  Map narrow;
+  const void* expand;
+  int max_shared = kMaxShared;
 };
 
 struct Params {
@@ -68,14 +77,19 @@ struct Params {
   int pitch, plane_pitch;           // NCHW: floats between rows and planes of the staged tile
   int weight_pitch;                 // floats between the taps' weights
   int before_offset, weight_offset, tile_offset;  // bytes of shared memory before them
+  // Of an instance that expands: what it multiplies, and floats between the pixels of e, which come last.
+  Operands operands;
+  int e_pitch, narrow_offset, expand_offset, e_offset;
 };
 
 using Plan = SummingPlan<Instance, Params>;
 
 struct Tile {
   int group, strips, tile_w;
-  int threads, shared;
+  int threads;
+  int64_t shared;
   int pitch, plane_pitch, weight_pitch, before_offset, weight_offset, tile_offset;
+  int e_pitch, narrow_offset, expand_offset, e_offset;
   int64_t groups, tiles_h, tiles_w, tiles;
 };
 
@@ -86,8 +100,10 @@ inline int64_t steps_of(int64_t size, int pad, int stride) { return (pad + size 
 
 // Shared memory: per channel a ChannelBackward and a Normalize, the weights [k * k, group], then dy under the tile, all
 // in float: [rows, columns, group] in channels_last, [group, rows, pitch] in NCHW. Neighbouring threads read neighbouring
-// floats; those of a warp run along columns, then planes in NCHW, whose pitch keeps their banks apart.
-inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
+// floats; those of a warp run along columns, then planes in NCHW, whose pitch keeps their banks apart. An expansion has
+// its operands behind that, the tile's pixels and a group's weights, then e [rows, columns, group] in float, pixels an
+// odd multiple of 8 channels apart.
+inline Tile make_tile(const Problem& q, const Operands& operands, int group, int strips, int tile_w) {
   const int k = q.kernel_size, vector = kVectorBytes / size_of(q.dtype);
   const int rows = strips * steps(q.stride) + reach(k, q.stride), columns = tile_w + reach(k, q.stride);
   Tile t{};
@@ -106,6 +122,19 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
   const int floats = q.channels_last ? int(round_up(rows * columns * group, 4)) : group * t.plane_pitch;
   const int sums = kSumsAtOnce * tile_w * strips * (group | 1);
   t.shared = t.tile_offset + std::max(floats, sums) * int(sizeof(float));
+  if (q.expands) {
+    const int64_t pixels = std::min<int64_t>(strips * steps(q.stride) * q.stride, q.x.h) *
+                           std::min<int64_t>(tile_w * q.stride, q.x.w);
+    const auto place = [&](int64_t bytes) {
+      const int64_t begin = round_up(t.shared, 16);
+      t.shared = begin + bytes;
+      return int(begin);
+    };
+    t.e_pitch = group + 8;
+    t.narrow_offset = place(operand_bytes(operands, q.dtype, round_up(pixels, kUnitPixels)));
+    t.expand_offset = place(operand_bytes(operands, q.dtype, group));
+    t.e_offset = place(pixels * t.e_pitch * int64_t{sizeof(float)});
+  }
   t.groups = ceil_div(q.x.c, group);
   t.tiles_h = ceil_div(steps_of(q.x.h, q.pad_top, q.stride), strips * steps(q.stride));
   t.tiles_w = ceil_div(steps_of(q.x.w, q.pad_left, q.stride), tile_w);
@@ -115,7 +144,8 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
 
 // Estimated cost of a launch in instructions of a thread: kStaged for each element of dy, halo included, and for each
 // pixel kPixel and two multiply-adds per tap, of idle threads too; 2 for each byte read or written (an L2 of 64 bytes per
-// cycle beside 128 multiply-adds). Too few warps on a multiprocessor expose latency.
+// cycle beside 128 multiply-adds). Too few warps on a multiprocessor expose latency. An expansion reads the narrow map
+// instead of x, and multiplies.
 inline double cost(const Problem& q, const Tile& t) {
   constexpr double kOverhead = 20000, kStaged = 40, kPixel = 40, kWarpsPerSm = 16;
   constexpr int kSharedPerSm = 100 * 1024, kSharedReserved = 1024;
@@ -125,39 +155,52 @@ inline double cost(const Problem& q, const Tile& t) {
                         std::min<int64_t>(t.tile_w + over, q.y.w);
   const double pixels = double(t.strips) * steps(q.stride) * t.tile_w * area;
   const double warps = double(ceil_div(t.threads, 32));
-  const int resident = std::max(1, std::min(kSharedPerSm / (t.shared + kSharedReserved), threads_per_sm / t.threads));
-  const double exposed = std::max(1.0, kWarpsPerSm / (resident * warps));
-  const double bytes = 2 * (staged + pixels) * (q.channels_last ? round_up(t.group * size_of(q.dtype), 64)
-                                                                : t.group * size_of(q.dtype));
+  const int64_t fitting = std::min<int64_t>(kSharedPerSm / (t.shared + kSharedReserved), threads_per_sm / t.threads);
+  const double exposed = std::max(1.0, kWarpsPerSm / (std::max<int64_t>(fitting, 1) * warps));
+  const double pixel_bytes = q.channels_last ? round_up(t.group * size_of(q.dtype), 64) : t.group * size_of(q.dtype);
+  double bytes = 2 * (staged + pixels) * pixel_bytes, product = 0;
+  if (q.expands) {
+    bytes += pixels * (q.narrow.c * size_of(q.dtype) - pixel_bytes);
+    product = std::ceil(pixels / kUnitPixels) * (t.group / kUnitChannels) * 128 *
+              product_cycles(q.dtype, q.narrow.c, false, 12);
+  }
   const double thread = steps(q.stride) * area * (2 * k * k + kPixel) * (q.channels_last ? lanes(k) : 1);
-  const double tile = kOverhead + (2 * bytes + kStaged * staged * t.group + warps * 32 * thread) * exposed;
+  const double tile = kOverhead + (2 * bytes + kStaged * staged * t.group + product + warps * 32 * thread) * exposed;
   return double(t.groups * t.tiles) * tile;
 }
 
-inline Tile best_tile(const Problem& q) {
-  constexpr int kChannelGroups[] = {8, 16, 24, 32, 40, 48, 56, 64, 80, 96};
+// The cheapest tile; none where an expansion does not fit shared memory.
+inline std::optional<Tile> best_tile(const Problem& q) {
+  constexpr int kChannelGroups[] = {8, 16, 24, 32, 40, 48, 56, 64, 80, 96}, kExpandedGroups[] = {16, 32, 48, 64};
   constexpr int kPlaneGroups[] = {1, 2, 4, 8, 16, 32, 64};
   constexpr int kWidest = 128, kWidths = 4, kMaxStrips = 8;
   const int vector = kVectorBytes / size_of(q.dtype);
   const int64_t limit = q.channels_last ? round_up(q.x.c, vector) : q.x.c;
   const int64_t height = steps_of(q.x.h, q.pad_top, q.stride), width = steps_of(q.x.w, q.pad_left, q.stride);
-  Tile best{};
+  const Operands operands = q.expands ? make_operands(q.narrow, q.dtype, q.expand) : Operands{};
+  std::optional<Tile> best;
   double best_cost = 0;
   const auto consider = [&](int group) {
     for (int strips = 1; strips <= std::min<int64_t>(kMaxStrips, ceil_div(height, steps(q.stride))); ++strips) {
       int considered = 0;
       for (int64_t cuts = ceil_div(width, kWidest); considered < kWidths && cuts <= width; ++cuts) {
-        const Tile t = make_tile(q, group, strips, int(ceil_div(width, cuts)));
-        if (t.threads > kMaxThreads || t.shared > kMaxShared) continue;
+        int tile_w = int(ceil_div(width, cuts));
+        // Whole warps multiply.
+        if (q.expands) tile_w = int(round_up(tile_w, 32 / std::gcd(32, group / lanes(q.kernel_size) * strips)));
+        const Tile t = make_tile(q, operands, group, strips, tile_w);
+        if (t.threads > kMaxThreads || t.shared > q.max_shared) continue;
         ++considered;
         const double c = cost(q, t);
-        if (best_cost > 0 && c >= best_cost) continue;
+        if (best && c >= best_cost) continue;
         best = t;
         best_cost = c;
       }
     }
   };
-  if (q.channels_last) {
+  if (q.expands) {
+    for (int group : kExpandedGroups)
+      if (group <= round_up(q.x.c, kUnitChannels)) consider(group);
+  } else if (q.channels_last) {
     for (int group : kChannelGroups)
       if (group <= limit) consider(group);
     if (limit < kChannelGroups[0]) consider(int(limit));
@@ -169,17 +212,16 @@ inline Tile best_tile(const Problem& q) {
 }
 
 // A problem must not be empty.
-inline Plan make_plan(const Problem& q) {
+inline Plan make_plan(const Problem& q, const Tile& t) {
   // Blocks enough for a large GPU, of which each does the work of ten pixels or more for each sum that it leaves.
   constexpr int64_t kBlocks = 1024, kPixelsPerSum = 10;
-  const Tile t = best_tile(q);
   const int k = q.kernel_size;
   const int64_t pixels = int64_t{t.strips} * steps(q.stride) * t.tile_w * q.stride * q.stride;
   const int64_t least = std::min(ceil_div(kPixelsPerSum * (k * k + 2), pixels), t.tiles);
   const int64_t tiles_each = std::max(ceil_div(t.tiles * t.groups, kBlocks), least);
   const int64_t parts = ceil_div(t.tiles, tiles_each);
   Plan plan;
-  plan.main.instance = {q.channels_last, q.dtype, k, q.stride};
+  plan.main.instance = {q.channels_last, q.expands, q.dtype, k, q.stride};
   plan.main.grid = unsigned(to_int32(parts * t.groups, "the number of blocks"));
   plan.main.block = unsigned(t.threads);
   plan.main.shared_bytes = unsigned(t.shared);
@@ -225,11 +267,19 @@ inline Plan make_plan(const Problem& q) {
     p.grad_vector = std::min({widest_vector(q.grad, q.dtype, false), widest_vector(q.y, q.dtype, false),
                               load_bytes(k) / size_of(q.dtype)});
   }
+  if (q.expands) {
+    p.operands = make_operands(q.narrow, q.dtype, q.expand);
+    p.e_pitch = t.e_pitch;
+    p.narrow_offset = t.narrow_offset;
+    p.expand_offset = t.expand_offset;
+    p.e_offset = t.e_offset;
+  }
   const bool need_sums = q.grad_norm.data && q.before.mean;
   plan.sum(int(parts), q.need_weight ? q.x.c * k * k : 0, need_sums ? 2 * q.x.c : 0);
   return plan;
 }
 
-void execute(const Plan& plan, Stream stream);  // cuda_kernel.cu
+void execute(const Plan& plan, Stream stream);            // cuda_kernel.cu
+void execute_expanding(const Plan& plan, Stream stream);  // ../expand_dwconv_backward/cuda_kernel.cu
 
 }  // namespace effk::dwconv_backward

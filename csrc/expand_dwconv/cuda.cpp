@@ -23,8 +23,7 @@ std::tuple<Tensor, Tensor> expand_dwconv(
   if (d.numel() == 0) return {d, undefined_sums(d, q.reduce)};
   q.d.data = d.data_ptr();
   const std::optional<Tile> tile = best_tile(q);
-  require(tile.has_value(), "there is no kernel for windows of " + std::to_string(q.kernel_size) + " and " +
-                                std::to_string(q.x.c) + " channels");
+  require(tile.has_value(), std::to_string(q.x.c) + " channels of x do not fit this GPU's shared memory");
   Plan plan = make_plan(q, *tile);
   Tensor sums = empty_sums(d, q.reduce), workspace = empty_floats(x, {plan.workspace_floats});
   plan.reduce_into(static_cast<float*>(sums.data_ptr()), static_cast<float*>(workspace.data_ptr()));

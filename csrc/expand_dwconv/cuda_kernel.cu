@@ -13,7 +13,7 @@ void execute(const Plan& plan, Stream stream) {
   const Instance& i = plan.main.instance;
   with_type(i.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(plan, i.kernel_size == 3 ? select<T, 3>(i) : select<T, 5>(i), stream);
+    launch(plan, i.kernel_size == 3 ? select<T, 3>(i) : i.kernel_size == 5 ? select<T, 5>(i) : select<T, 7>(i), stream);
   });
 }
 

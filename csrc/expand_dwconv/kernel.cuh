@@ -4,45 +4,16 @@
 // instructions, normalises and activates it into shared memory, and convolves it from there as dwconv does.
 #pragma once
 
-#include "common/async_copy.cuh"
-#include "common/matrix.cuh"
 #include "common/moments.cuh"
 #include "common/transform.cuh"
 #include "dwconv/kernel.cuh"
+#include "expand_dwconv/expand.cuh"
 #include "expand_dwconv/plan.h"
 
 namespace effk::expand_dwconv {
 
 using dwconv::slot;
 using dwconv::Window;
-
-// Copies `rows` rows of `length` elements to shared memory, `pitch` apart, and zeros up to `depth`. `row(i)` is where
-// row i begins, null for zeros; elements are `stride` apart, and with `aligned` come as vectors, by `copy_async`.
-template <class T, class Row>
-__device__ __forceinline__ void stage_rows(T* shared, int pitch, int rows, int length, int depth, int64_t stride,
-                                           bool aligned, Row row) {
-  if (aligned) {
-    constexpr int V = kVector<T>;
-    const int vectors = depth / V;
-    for (int i = threadIdx.x; i < rows * vectors; i += kThreads) {
-      const int at = small_quotient(i, vectors), k = (i - at * vectors) * V;
-      T* to = shared + at * pitch + k;
-      const T* from = row(at);
-      if (from && k < length) {
-        copy_async(to, from + k);
-      } else {
-        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
-      }
-    }
-  } else {
-    // Neighbouring threads have neighbouring rows: pixels, which may be neighbours in memory.
-    for (int i = threadIdx.x; i < rows * depth; i += kThreads) {
-      const int k = small_quotient(i, rows), at = i - k * rows;
-      const T* from = row(at);
-      shared[at * pitch + k] = from && k < length ? load_global(from + k * stride) : from_float<T>(0.0f);
-    }
-  }
-}
 
 template <class T>
 __device__ __forceinline__ Folded load_folded(const Transform& t, int c) {
@@ -51,7 +22,7 @@ __device__ __forceinline__ Folded load_folded(const Transform& t, int c) {
 }
 
 template <class T, int K, int S>
-__global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(K)) kernel(const Params p) {
   constexpr int V = lanes(K);
   unsigned char* shared = shared_memory();
   T* x_tile = reinterpret_cast<T*>(shared);
@@ -79,19 +50,9 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
   const int pixels = inside.width * inside.height;
 
   const auto stage_expand = [&](int group) {
-    const int c0 = group * p.group;
-    stage_rows(expand, p.pitch, p.group, p.c, p.depth, 1, p.expand_aligned, [&](int i) {
-      return c0 + i < p.hidden ? static_cast<const T*>(p.expand) + int64_t{c0 + i} * p.c : nullptr;
-    });
+    stage_weights(expand, p.operands, group * p.group, p.group, p.hidden, kThreads);
   };
-  {
-    const T* x = static_cast<const T*>(p.x) + n * p.x_stride.n + int64_t{y0 + inside.top} * p.x_stride.h +
-                 int64_t{x0 + inside.left} * p.x_stride.w;
-    stage_rows(x_tile, p.pitch, pixels, p.c, p.depth, p.x_stride.c, p.x_aligned, [&](int i) {
-      const int row = small_quotient(i, inside.width);
-      return x + int64_t{row} * p.x_stride.h + int64_t{i - row * inside.width} * p.x_stride.w;
-    });
-  }
+  stage_pixels(x_tile, p.operands, inside, n, x0, y0, kThreads);
   stage_expand(first_group);
   // Around the map e is zero, and stays so.
   if (inside.width < columns || inside.height < rows)
@@ -114,19 +75,16 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
       const T* from = static_cast<const T*>(p.depthwise) + int64_t{c0} * (K * K) + i;
       weights[tap * p.weight_pitch + c] = to_float(load_global(from)) * norm2[c].scale;
     }
-    const int across = p.group / kUnitChannels, units = (pixels + kUnitPixels - 1) / kUnitPixels * across;
-    for (int unit = tid / 32; unit < units; unit += kThreads / 32) {
-      using Product = WarpProduct<T, kUnitPixels / 16, kUnitChannels / 8>;
-      const int down = unit / across, row0 = down * kUnitPixels, column0 = (unit - down * across) * kUnitChannels;
-      Product product;
-      product.add(x_tile + row0 * p.pitch, p.pitch, expand + column0 * p.pitch, p.pitch, p.depth, p.tf32);
+    using Product = UnitProduct<T>;
+    multiply_pixels(x_tile, expand, p.operands, pixels, p.group, kThreads, p.tf32, [&](const Product& product,
+                                                                                       int pixel0, int channel0) {
       constexpr int kValues = 2 * Product::kLaneColumns;
       Folded norm[kValues];
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) norm[v] = norm1[column0 + product.column(v / 2) + v % 2];
+      for (int v = 0; v < kValues; ++v) norm[v] = norm1[channel0 + product.column(v / 2) + v % 2];
 #pragma unroll
       for (int i = 0; i < Product::kLaneRows; ++i) {
-        const int pixel = row0 + product.row(i);
+        const int pixel = pixel0 + product.row(i);
         if (pixel >= pixels) break;
         float values[kValues];
 #pragma unroll
@@ -135,12 +93,12 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Params p) {
         activate_all(values, p.norm1.activation);
         const int row = small_quotient(pixel, inside.width), column = pixel - row * inside.width;
         const int at = (inside.top + row) * columns + slot<S>(inside.left + column, odd_offset);
-        T* to = e_tile + at * p.e_pitch + column0;
+        T* to = e_tile + at * p.e_pitch + channel0;
 #pragma unroll
         for (int j = 0; j < Product::kLaneColumns; ++j)
           Vec<T, 2>{{from_float<T>(values[2 * j]), from_float<T>(values[2 * j + 1])}}.store(to + product.column(j));
       }
-    }
+    });
     __syncthreads();
 
     if (group + 1 < end_group) stage_expand(group + 1);

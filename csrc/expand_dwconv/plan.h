@@ -1,4 +1,4 @@
-// The CUDA launch that expands and convolves depthwise: d = act2(bn2(dwconv(act1(bn1(expand x))))), and what it reduces d to.
+// The CUDA launch that expands and convolves depthwise: d = act2(bn2(dwconv(act1(bn1(expand x))))), and sums d up.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include "common/moments.h"
 #include "common/transform.h"
 #include "dwconv/plan.h"
+#include "expand_dwconv/expand.h"
 
 namespace effk::expand_dwconv {
 
@@ -15,12 +16,12 @@ using dwconv::lanes;
 using dwconv::window;
 
 constexpr int kThreads = 256;
-// Of a product of a warp: pixels by channels.
-constexpr int kUnitPixels = 32, kUnitChannels = 16;
+// How many of them the registers of a multiprocessor are to hold.
+constexpr int blocks_per_sm(int kernel_size) { return kernel_size < 7 ? 2 : 1; }
 
 struct Instance {
   Dtype dtype;
-  int kernel_size, stride;  // 3 or 5; 1 or 2
+  int kernel_size, stride;
 };
 
 inline std::string kernel_name(const Instance& i) {
@@ -31,7 +32,7 @@ inline std::string kernel_name(const Instance& i) {
 // What a plan has to know of the GPU; here the least that there is since sm_80.
 struct Gpu {
   int multiprocessors = 108;
-  int shared_per_block = 99 * 1024, shared_per_multiprocessor = 100 * 1024;
+  int shared_per_block = kLeastShared, shared_per_multiprocessor = 100 * 1024;
 };
 
 struct Problem {
@@ -46,21 +47,22 @@ struct Problem {
 };
 
 struct Params {
-  const void *x, *expand, *depthwise;
+  Operands operands;
+  const void* depthwise;
   void* d;
-  Strides x_stride, d_stride;
+  Strides d_stride;
   Transform norm1, norm2;
   Reduction reduction;
-  int c, h, w, hidden, out_h, out_w, pad_top, pad_left;
+  int h, w, hidden, out_h, out_w, pad_top, pad_left;
   int tiles_h, tiles_w;      // of a map
   int strips, tile_w;        // output tile: strips * kRows by tile_w
   int group;                 // channels that are expanded at a time
   int groups, groups_each;   // of the hidden channels; of a block
-  int depth, pitch, e_pitch; // of the product; elements between rows of its operands, and between pixels of e
+  int e_pitch;               // elements between pixels of e
   int weight_pitch;          // floats between the taps' weights
   // Bytes of shared memory before these; x comes first.
   int expand_offset, e_offset, norm_offset, weight_offset, sum_offset;
-  bool x_aligned, expand_aligned, d_vector, tf32;
+  bool d_vector, tf32;
 };
 
 using Plan = ReducingPlan<Instance, Params>;
@@ -72,23 +74,21 @@ struct Folded {
 
 struct Tile {
   int group, strips, tile_w, groups_each;
-  int pitch, e_pitch, weight_pitch;
+  int e_pitch, weight_pitch;
   int expand_offset, e_offset, norm_offset, weight_offset, sum_offset;
   int64_t pixels, shared, blocks;
 };
 
 // Shared memory: x, the pixels of the map under the tile, [pixels, C]; the expand weights of a group, [group, C]; the
 // expanded tile with its zeros around the map, [rows, columns, group]; the group's norms, depthwise weights and sums.
-// Operands lie an odd multiple of 16 bytes apart, pixels of e an odd multiple of 8 channels.
-inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
+// Pixels of e lie an odd multiple of 8 channels apart.
+inline Tile make_tile(const Problem& q, const Operands& operands, int group, int strips, int tile_w) {
   const int k = q.kernel_size, size = size_of(q.dtype);
   const int64_t rows = window(strips * kRows, k, q.stride), columns = window(tile_w, k, q.stride);
-  const int64_t pitch_bytes = round_up(q.x.c * size, 32) + 16;
   Tile t{};
   t.group = group;
   t.strips = strips;
   t.tile_w = tile_w;
-  t.pitch = int(pitch_bytes / size);
   t.e_pitch = group + 8;
   t.weight_pitch = group + 4;
   t.pixels = std::min(rows, q.x.h) * std::min(columns, q.x.w);
@@ -97,8 +97,8 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
     t.shared += round_up(bytes, 16);
     return int(begin);
   };
-  place(round_up(t.pixels, kUnitPixels) * pitch_bytes);
-  t.expand_offset = place(group * pitch_bytes);
+  place(operand_bytes(operands, q.dtype, round_up(t.pixels, kUnitPixels)));
+  t.expand_offset = place(operand_bytes(operands, q.dtype, group));
   t.e_offset = place(rows * columns * t.e_pitch * size);
   t.norm_offset = place(2 * group * int64_t{sizeof(Folded)});
   t.weight_offset = place(k * k * t.weight_pitch * int64_t{sizeof(float)});
@@ -116,13 +116,6 @@ inline Tile make_tile(const Problem& q, int group, int strips, int tile_w) {
 // Estimated cycles of a multiprocessor, whose busiest units are counted.
 constexpr double kBytesPerCycle = 32, kDramBytesPerCycle = 10, kLaunch = 3000, kBlockOverhead = 1500;
 
-// For a product of kUnitPixels by kUnitChannels: shared memory feeds matrix instructions, so many `steps` for each 32
-// bytes of depth; 128 lanes multiply float32.
-inline double product_cycles(const Problem& q, double steps) {
-  if (q.dtype == Dtype::kFloat32 && !q.tf32) return 4.0 * q.x.c;
-  return steps * std::ceil(q.x.c * size_of(q.dtype) / 32.0);
-}
-
 // To activate as many values: 16 special functions a cycle, two for each.
 constexpr double kActivationCycles = 2.0 * kUnitPixels * kUnitChannels / 16;
 
@@ -133,16 +126,18 @@ inline double depthwise_cycles(const Problem& q) {
 }
 
 inline double cost(const Problem& q, const Tile& t) {
+  const double product = product_cycles(q.dtype, q.x.c, q.tf32, 12);
   constexpr double kGroupOverhead = 600, kWarps = kThreads / 32;
   const double per_sm = std::max(double(t.blocks) / q.gpu.multiprocessors, 1.0);
-  // Registers allow two blocks: one computes while the other waits.
-  const double resident = std::min(per_sm, 2 * (t.shared + 1024) <= q.gpu.shared_per_multiprocessor ? 2.0 : 1.0);
+  // Of two blocks one computes while the other waits.
+  const double fitting = 2 * (t.shared + 1024) <= q.gpu.shared_per_multiprocessor ? blocks_per_sm(q.kernel_size) : 1;
+  const double resident = std::min(per_sm, fitting);
   const double units = double(ceil_div(t.pixels, kUnitPixels)) * (t.group / kUnitChannels);
   const double rounds = std::ceil(units / kWarps) * kWarps;
   // Few warps do not keep the units busy.
   const double warps = std::ceil(t.group / lanes(q.kernel_size) * t.tile_w * t.strips / 32.0);
   const double loads = (double(t.pixels) + double(t.group) * t.groups_each) * double(q.x.c) * size_of(q.dtype);
-  const double group = kGroupOverhead / resident + rounds * (product_cycles(q, 12) + kActivationCycles) +
+  const double group = kGroupOverhead / resident + rounds * (product + kActivationCycles) +
                        std::max(warps, kWarps / resident) * depthwise_cycles(q);
   return kLaunch + per_sm * (kBlockOverhead / resident + loads / kBytesPerCycle + t.groups_each * group);
 }
@@ -151,17 +146,18 @@ inline double cost(const Problem& q, const Tile& t) {
 // are taken to reach two thirds of what their units can.
 inline double staged_cost(const Problem& q) {
   const double e = double(q.x.n) * q.x.h * q.x.w * q.d.c, d = double(q.d.n) * q.d.h * q.d.w * q.d.c;
-  const double expand = e / (kUnitPixels * kUnitChannels) * (product_cycles(q, 8) + kActivationCycles);
+  const double product = product_cycles(q.dtype, q.x.c, q.tf32, 8);
+  const double expand = e / (kUnitPixels * kUnitChannels) * (product + kActivationCycles);
   const double depthwise = d / (32 * kRows * lanes(q.kernel_size)) * depthwise_cycles(q);
   const double memory = 2 * e * size_of(q.dtype) / kDramBytesPerCycle;
   return 2 * (kLaunch + kBlockOverhead) + 1.5 * (expand + depthwise + memory) / q.gpu.multiprocessors;
 }
 
-// The cheapest tile; none where nothing fits shared memory, or there is no kernel.
+// The cheapest tile; none where nothing fits shared memory.
 inline std::optional<Tile> best_tile(const Problem& q) {
   constexpr int kGroups[] = {16, 32, 48, 64};
   constexpr int kWidths = 4, kMaxStrips = 4;
-  if (q.kernel_size > 5) return std::nullopt;
+  const Operands operands = make_operands(q.x, q.dtype, q.expand);
   std::optional<Tile> best;
   double best_cost = 0;
   for (int group : kGroups) {
@@ -169,10 +165,11 @@ inline std::optional<Tile> best_tile(const Problem& q) {
     for (int strips = 1; strips <= std::min<int64_t>(kMaxStrips, ceil_div(q.d.h, kRows)); ++strips) {
       const int widest = kThreads / (group / lanes(q.kernel_size) * strips);
       if (widest == 0) break;
-      const int64_t cuts = ceil_div(q.d.w, widest);
-      for (int64_t more = 0; more < kWidths && cuts + more <= q.d.w; ++more) {
-        const Tile t = make_tile(q, group, strips, int(ceil_div(q.d.w, cuts + more)));
+      int considered = 0;
+      for (int64_t cuts = ceil_div(q.d.w, widest); considered < kWidths && cuts <= q.d.w; ++cuts) {
+        const Tile t = make_tile(q, operands, group, strips, int(ceil_div(q.d.w, cuts)));
         if (t.shared > q.gpu.shared_per_block) continue;
+        ++considered;
         const double c = cost(q, t);
         if (best && c >= best_cost) continue;
         best = t;
@@ -185,22 +182,18 @@ inline std::optional<Tile> best_tile(const Problem& q) {
 
 // A problem must not be empty.
 inline Plan make_plan(const Problem& q, const Tile& t) {
-  const int vector = kVectorBytes / size_of(q.dtype);
   Plan plan;
   plan.main.instance = {q.dtype, q.kernel_size, q.stride};
   plan.main.grid = unsigned(to_int32(t.blocks, "the number of blocks"));
   plan.main.block = kThreads;
   plan.main.shared_bytes = unsigned(t.shared);
   Params& p = plan.main.params = Params{};
-  p.x = q.x.data;
-  p.expand = q.expand;
+  p.operands = make_operands(q.x, q.dtype, q.expand);
   p.depthwise = q.depthwise;
   p.d = const_cast<void*>(q.d.data);
-  p.x_stride = strides_of(q.x);
   p.d_stride = strides_of(q.d);
   p.norm1 = q.norm1;
   p.norm2 = q.norm2;
-  p.c = to_int32(q.x.c, "the number of channels");
   p.h = to_int32(q.x.h, "the height");
   p.w = to_int32(q.x.w, "the width");
   p.hidden = to_int32(q.d.c, "the number of hidden channels");
@@ -215,8 +208,6 @@ inline Plan make_plan(const Problem& q, const Tile& t) {
   p.group = t.group;
   p.groups = int(ceil_div(q.d.c, t.group));
   p.groups_each = t.groups_each;
-  p.depth = t.pitch - vector;
-  p.pitch = t.pitch;
   p.e_pitch = t.e_pitch;
   p.weight_pitch = t.weight_pitch;
   p.expand_offset = t.expand_offset;
@@ -224,8 +215,6 @@ inline Plan make_plan(const Problem& q, const Tile& t) {
   p.norm_offset = t.norm_offset;
   p.weight_offset = t.weight_offset;
   p.sum_offset = t.sum_offset;
-  p.x_aligned = vectorizes(q.x, q.dtype, true, vector);
-  p.expand_aligned = p.c % vector == 0 && reinterpret_cast<uintptr_t>(q.expand) % kVectorBytes == 0;
   p.d_vector = vectorizes(q.d, q.dtype, true, lanes(q.kernel_size));
   p.tf32 = q.tf32;
   plan.reduce(q.reduce, to_int32(q.x.n, "the batch"), p.tiles_h * p.tiles_w, p.hidden);

@@ -7,8 +7,9 @@ namespace effk::introspection {
 static std::optional<py::dict> expand_dwconv_plan(const MapArgument& x, const MapArgument& d, const std::string& dtype,
                                                   Address expand, const TransformArgument& norm1, Address depthwise,
                                                   const TransformArgument& norm2, int kernel_size, int stride,
-                                                  int pad_top, int pad_left, int reduce, bool tf32, Address sums,
-                                                  Address workspace, int multiprocessors) {
+                                                  int pad_top, int pad_left, int reduce, bool tf32,
+                                                  int shared_per_block, Address sums, Address workspace,
+                                                  int multiprocessors) {
   expand_dwconv::Problem q{};
   q.x = map_from(x);
   q.d = map_from(d);
@@ -24,6 +25,7 @@ static std::optional<py::dict> expand_dwconv_plan(const MapArgument& x, const Ma
   q.reduce = static_cast<Reduce>(reduce);
   q.tf32 = tf32;
   q.gpu.multiprocessors = multiprocessors;
+  q.gpu.shared_per_block = shared_per_block;
   const auto tile = expand_dwconv::best_tile(q);
   if (!tile) return std::nullopt;
   expand_dwconv::Plan plan = expand_dwconv::make_plan(q, *tile);
@@ -44,7 +46,7 @@ EFFK_INTROSPECTION(m) {
   m.def("expand_dwconv_plan", &effk::introspection::expand_dwconv_plan, py::arg("x"), py::arg("d"), py::arg("dtype"),
         py::arg("expand"), py::arg("norm1"), py::arg("depthwise"), py::arg("norm2"), py::arg("kernel_size"),
         py::arg("stride"), py::arg("pad_top"), py::arg("pad_left"), py::arg("reduce"), py::arg("tf32"),
-        py::arg("sums") = 0, py::arg("workspace") = 0,
+        py::arg("shared_per_block") = effk::kLeastShared, py::arg("sums") = 0, py::arg("workspace") = 0,
         py::arg("multiprocessors") = effk::expand_dwconv::Gpu().multiprocessors,
         "The CUDA launches of effkernels::expand_dwconv on the least GPU since sm_80; None where nothing fits.");
 }

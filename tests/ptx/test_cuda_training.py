@@ -56,6 +56,7 @@ def test_dwconv_bn_swish(emulation, layout):
 
 BLOCKS = {
     "MBConv": lambda: effkernels.MBConv(8, 8, kernel_size=5, expand_ratio=2, drop_path=0.2),
+    "MBConv, minimal memory": lambda: effkernels.MBConv(8, 8, kernel_size=5, expand_ratio=2, memory="minimal"),
     "MBConv, strided": lambda: effkernels.MBConv(8, 12, stride=2, expand_ratio=2, se_ratio=0),
     "FusedMBConv": lambda: effkernels.FusedMBConv(8, 8, expand_ratio=2, se_ratio=0.25),
 }
@@ -75,5 +76,6 @@ def test_blocks_are_one_op_beside_triton(monkeypatch, emulation, name):
     op = "mbconv" if name.startswith("MBConv") else "bn_project"
     assert (op, ("cuda", "triton")) in [(d.op, d.kernels) for d in decisions]
     assert "dwconv_backward" in launched() or op == "bn_project"
+    assert ("expand_dwconv" in launched()) == ("minimal" in name)
     assert "batch_norm" in launched()
     assert triton.results

@@ -27,12 +27,11 @@ from effkernels.ops._op import Op
 from effkernels.ops._precision import rounded_to_tf32
 from effkernels.ops.batch_norm.cases import SMOOTH, compare_sums
 from effkernels.ops.batch_norm.op import Reduce
-from effkernels.ops.dwconv import STRIDES
+from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
 from effkernels.ops.dwconv.cases import DwconvBackward
 from effkernels.ops.expand_dwconv import reference
 from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV, EXPAND_DWCONV_BACKWARD, EXPAND_DWCONV_GRADIENTS
 
-KERNEL_SIZES = (3, 5)
 SILU, HARDSWISH, NOTHING = Norm(Activation.SILU), Norm(Activation.HARDSWISH), Norm(statistics=False)
 
 
@@ -195,10 +194,10 @@ def _cases() -> Iterator[Case]:
         needs = tuple(i == needed for i in range(4))
         yield ExpandDwconvGradients(shape=(2, 17, 6, 7), hidden=35, needs=needs, centred=needed % 2 == 0)
     yield ExpandDwconvGradients(shape=(2, 70, 9, 60), hidden=150)  # several panels, chunks and groups of rows
-    for (k, stride), dtype in itertools.product(itertools.product((3, 5, 7), STRIDES), (*DTYPES, f64)):
+    for (k, stride), dtype in itertools.product(windows, (*DTYPES, f64)):
         for kind in (ExpandDwconvBackward, ExpandDwconvGradients):
             yield kind(
-                tag="instance", shape=(2, 24, 16, 18), hidden=48, dtype=dtype, kernel_size=k, stride=stride,
+                tag="instance", shape=(2, 16, 8, 9), hidden=16, dtype=dtype, kernel_size=k, stride=stride,
                 padding="same",
             )  # fmt: skip
             yield kind(

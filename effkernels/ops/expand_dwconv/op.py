@@ -1,15 +1,17 @@
 """The expansion and the depthwise convolution in one kernel: `expand_dwconv`, and its backward."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effkernels import _native
 from effkernels.ops._geometry import covered
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Flops, Op
-from effkernels.ops.batch_norm.op import fake_sums, statistics_dtype
+from effkernels.ops.batch_norm.op import Reduce, fake_sums, statistics_dtype
 
 
 def _expand_dwconv_fake(x: Tensor, expand: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,7 @@ def _expand_dwconv_flops(x: Tensor, expand: Tensor, *rest: Any) -> Flops:
 
 
 # d = act2(bn2(dwconv(act1(bn1(expand x))))), with zeros around the expanded map; expand is [hidden, C], depthwise
-# [hidden, 1, k, k] with k 3 or 5, and d in channels_last, whatever x is. `reduce` adds what it adds to `dwconv`. The
+# [hidden, 1, k, k], and d in channels_last, whatever x is. `reduce` adds what it adds to `dwconv`. The
 # expanded map is never stored; CUDA rounds it to the dtype of x, and takes as many C as fit its shared memory.
 EXPAND_DWCONV = Op(
     "expand_dwconv",
@@ -80,7 +82,7 @@ EXPAND_DWCONV_BACKWARD = Op(
     " Tensor x, Tensor expand, Tensor mean1, Tensor var1, Tensor? gamma1, Tensor? beta1, float eps1, int act1,"
     " int stride, SymInt pad_top, SymInt pad_left, bool need_input, bool need_weight)"
     " -> (Tensor grad_norm, Tensor grad_weight, Tensor sums)",
-    backends=(),
+    backends=("cuda",),
     fake=_expand_dwconv_backward_fake,
     flops=_expand_dwconv_backward_flops,
 )
@@ -129,3 +131,37 @@ EXPAND_DWCONV_GRADIENTS = Op(
     fake=_expand_dwconv_gradients_fake,
     flops=_expand_dwconv_gradients_flops,
 )
+
+
+def fits(device: torch.device, dtype: torch.dtype, channels: int, kernel_size: int, stride: int) -> bool:
+    """Whether tiles of both CUDA kernels, in training, fit the shared memory of a block: for maps [N, channels, H, W]
+    of any size."""
+    shared = {}
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties: Any = torch.cuda.get_device_properties(device)
+        shared = dict(shared_per_block=properties.shared_memory_per_block_optin)
+    return _fits(str(dtype).removeprefix("torch."), channels, kernel_size, stride, **shared)
+
+
+# What `torch.compiler.assume_constant_result` does; but that imports all of torch._dynamo.
+fits._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _fits(dtype: str, channels: int, kernel_size: int, stride: int, **shared: int) -> bool:
+    plans = _native.introspection
+    if plans is None:
+        return False
+    size, hidden, pad = 512, 64, kernel_size // 2  # no map has larger tiles
+
+    def a_map(channels: int, size: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        return 0, (1, channels, size, size), (size * size * channels, 1, size * channels, channels)
+
+    x, e, d = a_map(channels, size), a_map(hidden, size), a_map(hidden, size // stride)
+    norm = (0,) * 4, 0.0, 0, 0
+    window = kernel_size, stride, pad, pad
+    forward = plans.expand_dwconv_plan(x, d, dtype, 0, norm, 0, norm, *window, Reduce.STATISTICS, False, **shared)
+    backward = plans.dwconv_backward_plan(
+        d, d, (norm, 0, 0, 0), 0, e, norm, e, dtype, True, *window, True, narrow=x, **shared
+    )
+    return forward is not None and backward is not None

@@ -12,7 +12,7 @@ from effkernels.ops.batch_norm.op import statistics_dtype
 from effkernels.ops.batch_norm.synchronised import group_name
 from effkernels.ops.bn_project import Stage, check_stage, matrices, stage_tensors
 from effkernels.ops.dwconv import KERNEL_SIZES, STRIDES
-from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV_GRADIENTS
+from effkernels.ops.expand_dwconv.op import EXPAND_DWCONV_GRADIENTS, fits
 from effkernels.ops.mbconv import op, reference
 from effkernels.ops.mbconv_inference import Gate
 
@@ -91,7 +91,7 @@ def mbconv(
         return reference.mbconv(x, expand, depthwise, squeeze_excite, project, window, scale, residual)
     expanded = op.Expanded.KEPT
     if expand is not None:
-        expanded = where_expanded(backend, x, expand, memory)
+        expanded = where_expanded(backend, x, expand, k, stride, memory)
         backends.remark(str(expanded))
     acts = [ACTIVATIONS[stage.activation] if stage else 0 for stage in (expand, depthwise)]
     weights: tuple[Tensor | None, ...] = (None,) * 4
@@ -124,19 +124,20 @@ def mbconv(
     return y
 
 
-# Up to so many channels of x, to expand it in both passes takes less time than to store and load what it expands to:
-# measured on CPUs (docs/training.md).
+# On the CPU. Up to so many channels of x, to expand it in both passes takes less time than to store and load what it
+# expands to: measured (docs/training.md).
 CHANNELS_ON_CHIP = 32
 
 
-def where_expanded(backend: str, x: Tensor, expand: Stage, memory: str) -> op.Expanded:
-    """The static rule: by the backend, the layout, the channels and the BatchNorm."""
-    possible = (
-        backend in EXPAND_DWCONV_GRADIENTS.overloads
-        and is_channels_last_contiguous(x)
-        and not (expand.training and expand.process_group)  # whose statistics are of all processes
-    )
-    if possible and x.shape[1] <= CHANNELS_ON_CHIP:
+def where_expanded(backend: str, x: Tensor, expand: Stage, kernel_size: int, stride: int, memory: str) -> op.Expanded:
+    """The static rule: by the backend, the layout, the channels, the window and the BatchNorm."""
+    # Statistics of all processes are those of e.
+    possible = is_channels_last_contiguous(x) and not (expand.training and expand.process_group)
+    if backend == "cuda":  # which is not timed on a GPU yet: to save memory only
+        on_chip = memory == "minimal" and fits(x.device, x.dtype, expand.weight.shape[1], kernel_size, stride)
+    else:
+        on_chip = backend in EXPAND_DWCONV_GRADIENTS.overloads and x.shape[1] <= CHANNELS_ON_CHIP
+    if possible and on_chip:
         return op.Expanded.ON_CHIP
     return op.Expanded.KEPT if memory == "default" else op.Expanded.COMPUTED_AGAIN
 
