@@ -5,12 +5,31 @@ python benchmarks/make_shapes.py
 
 import csv
 import math
+import pathlib
 from collections import Counter
-
-from suite import SHAPES, Block
+from typing import NamedTuple
 
 from effkernels.models import Config
 from effkernels.models.configs import CONFIGS
+
+SHAPES = pathlib.Path(__file__).parent / "shapes"
+
+
+class Block(NamedTuple):
+    """A class of blocks: a row of benchmarks/shapes/."""
+
+    kind: str  # mbconv or fused
+    in_channels: int
+    out_channels: int
+    size: int
+    kernel_size: int
+    stride: int
+    expand_ratio: int
+    se_channels: int
+
+    def __str__(self) -> str:
+        channels = f"{self.in_channels}-{self.in_channels * self.expand_ratio}-{self.out_channels}"
+        return f"{self.kind}-{channels}-{self.size}x{self.size}-k{self.kernel_size}s{self.stride}"
 
 
 def blocks(config: Config) -> Counter[Block]:

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import pathlib
 import shutil
 import subprocess
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from make_shapes import SHAPES, Block
 from torch import Tensor, nn
 
 import effkernels
@@ -17,7 +17,6 @@ from effkernels import backends
 from effkernels.ops._cases import FLOOR_ULPS
 from effkernels.profiling.timing import milliseconds, stamp
 
-SHAPES = pathlib.Path(__file__).parent / "shapes"
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 BATCH = 8
 ROUNDS, SECONDS = (10, 30), 2.0  # how many rounds: as many as take this long, within these
@@ -26,23 +25,6 @@ AGREEMENT = 10
 FLUSHED = 256 * 2**20  # bytes that are written to empty a GPU's cache
 
 Call = Callable[[], Sequence[Tensor]]
-
-
-class Block(NamedTuple):
-    """A class of blocks: a row of benchmarks/shapes/."""
-
-    kind: str  # mbconv or fused
-    in_channels: int
-    out_channels: int
-    size: int
-    kernel_size: int
-    stride: int
-    expand_ratio: int
-    se_channels: int
-
-    def __str__(self) -> str:
-        channels = f"{self.in_channels}-{self.in_channels * self.expand_ratio}-{self.out_channels}"
-        return f"{self.kind}-{channels}-{self.size}x{self.size}-k{self.kernel_size}s{self.stride}"
 
 
 def blocks(models: Iterable[str]) -> list[Block]:

@@ -6,10 +6,16 @@
 import functools
 import itertools
 import pathlib
+import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))  # as pytest does
+
+import make_shapes
 import torch
+from make_shapes import Block
 
 from effkernels import _native
 from effkernels.models.configs import CONFIGS
@@ -19,39 +25,18 @@ BATCHES = (1, 8)
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "gpu_inference.md"
 
 
-class Block(NamedTuple):
-    """An MBConv block of a network; no expansion: its ratio is 1."""
-
-    in_channels: int
-    out_channels: int
-    size: int
-    kernel_size: int
-    stride: int
-    expand_ratio: int
-    se_channels: int
-
-    def case(self, batch: int, size: int, dtype: torch.dtype = torch.float16) -> MbconvInference:
-        """On a map of another size."""
-        return MbconvInference(
-            dtype=dtype, shape=(batch, self.in_channels, size, size), outputs=self.out_channels,
-            ratio=self.expand_ratio if self.expand_ratio > 1 else 0, kernel_size=self.kernel_size, stride=self.stride,
-            squeezed=self.se_channels, residual=self.stride == 1 and self.in_channels == self.out_channels,
-        )  # fmt: skip
-
-
 def blocks(model: str) -> Counter[Block]:
-    """Those of a network, each as often as it occurs."""
-    config, found = CONFIGS[model], Counter[Block]()
-    channels, size = config.stem_channels, -(-config.resolution // 2)
-    for stage in config.stages:
-        for i in range(stage.repeats):
-            stride = 1 if i else stage.stride
-            if stage.block == "mbconv":
-                squeezed = int(channels * stage.se_ratio)
-                sizes = channels, stage.out_channels, size
-                found[Block(*sizes, stage.kernel_size, stride, stage.expand_ratio, squeezed)] += 1
-            channels, size = stage.out_channels, -(-size // stride)
-    return found
+    """The MBConv blocks of a network, each as often as it occurs."""
+    return Counter({block: n for block, n in make_shapes.blocks(CONFIGS[model]).items() if block.kind == "mbconv"})
+
+
+def case_of(block: Block, batch: int, size: int, dtype: torch.dtype = torch.float16) -> MbconvInference:
+    """A block on a map of another size."""
+    return MbconvInference(
+        dtype=dtype, shape=(batch, block.in_channels, size, size), outputs=block.out_channels,
+        ratio=block.expand_ratio if block.expand_ratio > 1 else 0, kernel_size=block.kernel_size, stride=block.stride,
+        squeezed=block.se_channels, residual=block.stride == 1 and block.in_channels == block.out_channels,
+    )  # fmt: skip
 
 
 class ShapeClass(NamedTuple):
@@ -111,12 +96,12 @@ class Small(NamedTuple):
     multiprocessors: int
 
     def case(self, dtype: torch.dtype = torch.float16) -> MbconvInference:
-        return self.block.case(1, self.size, dtype)
+        return case_of(self.block, 1, self.size, dtype)
 
 
 def classified(model: str) -> list[tuple[Block, ShapeClass]]:
     """The blocks of a network at its resolution, in each of `BATCHES`."""
-    return [(b, class_of(b.case(batch, b.size))) for b in blocks(model) for batch in BATCHES]
+    return [(b, class_of(case_of(b, batch, b.size))) for b in blocks(model) for batch in BATCHES]
 
 
 @functools.cache

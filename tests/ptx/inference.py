@@ -8,10 +8,11 @@ import pathlib
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # as pytest does
+    tests = pathlib.Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests.with_name("benchmarks"))]  # as pytest does
 
 import emulated_cuda
-from shape_classes import blocks
+from shape_classes import blocks, case_of
 
 BATCH = 4
 GPUS = ("A100", "H100", "L4", "RTX4090")
@@ -24,7 +25,7 @@ def main() -> None:
     print(f"| {' | '.join(HEAD)} |", "|---|" + "---:|" * (len(HEAD) - 1), sep="\n")
     with emulated_cuda.installed():
         for block, times in blocks("efficientnet_b0").items():
-            case = block.case(BATCH, block.size)
+            case = case_of(block, BATCH, block.size)
             emulated_cuda.launches.clear()
             case.op("cuda", *case.arguments())
             results = [launch.result for launch in emulated_cuda.launches]
