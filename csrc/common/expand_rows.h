@@ -50,14 +50,12 @@ class ExpandedRows {
   int64_t stride() const { return sizes_.stride; }
 
  private:
-  static constexpr int64_t kPixels = 48;  // at once, where rows are shorter: fills tiles of products
-
   struct Sizes {
     int64_t rows, pixels, stride;  // of a group of rows
     int64_t x, left, all;          // elements
 
     Sizes(const Expansion& e, int64_t chunk_channels)
-        : rows(min64(ceil_div(kPixels, e.x.w), e.x.h)), pixels(rows * e.x.w), stride(round_up<C>(chunk_channels)),
+        : rows(min64(ceil_div(kGroupPixels, e.x.w), e.x.h)), pixels(rows * e.x.w), stride(round_up<C>(chunk_channels)),
           x(pixels * round_up<C>(e.x.c)), left(Product<T>::left_size(pixels, e.x.c)), all(pixels * stride + x + left) {}
   };
 

@@ -33,6 +33,10 @@ constexpr int kTileRows = 4, kPanelVectors = 3;
 constexpr int kTileRows = 4, kPanelVectors = 2;
 #endif
 
+// Where the rows of a map are shorter, so many pixels of several rows are multiplied at once: fills tiles, and reuses the
+// weights.
+constexpr int64_t kGroupPixels = 48;
+
 // The columns of a weight in panels of up to kPanelVectors vectors, as even as can be.
 template <class C>
 struct Panels {

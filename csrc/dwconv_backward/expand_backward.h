@@ -22,7 +22,7 @@ class ExpandBackward {
     int64_t dz, x, panel, left, transposed, right, band, all;  // elements
 
     explicit Sizes(const DwconvBackwardParams& p)
-        : rows(min64(ceil_div(kPixels, p.x.w), p.band_rows)), pixels(rows * p.x.w),
+        : rows(min64(ceil_div(kGroupPixels, p.x.w), p.band_rows)), pixels(rows * p.x.w),
           stride(round_up<C>(p.chunk_channels)), dz(pixels * stride),
           x(pixels * p.expand_padded), panel(pixels * kPanelVectors * kLanes<C>), left(P::left_size(pixels, p.chunk_channels)),
           transposed(P::left_size(p.chunk_channels, pixels)), right(P::right_size(pixels)),
@@ -75,8 +75,6 @@ class ExpandBackward {
   }
 
  private:
-  static constexpr int64_t kPixels = 48;  // at once, where rows are shorter: fills tiles of products
-
   C* band() const { return dz_ + s_.all - s_.band; }
 
   void multiply(int64_t pixels) {

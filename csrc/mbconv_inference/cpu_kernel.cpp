@@ -30,8 +30,6 @@ struct Packed {
   }
 };
 
-constexpr int64_t kGroupPixels = 48;  // expanded at once, where rows are shorter: fills tiles, and reuses the weights
-
 // Whether x must be converted, or its rows joined, before it can be multiplied.
 template <class T>
 bool needs_staging(const MbconvParams& p) {
