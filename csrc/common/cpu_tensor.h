@@ -254,6 +254,15 @@ void for_units(int64_t units, Run run) {
   });
 }
 
+// pack(first, last) of the units of a weight of `size` elements: in the threads, but for one that is packed before they wake.
+template <class Pack>
+void pack_in_units(int64_t units, int64_t size, Pack pack) {
+  if (size < 16 << 10)
+    pack(0, units);
+  else
+    for_units(units, pack);
+}
+
 // Partial results of a kernel, [images, parts, rows, padded], of which `channels` of each row count.
 struct Parts {
   const void* data;

@@ -37,6 +37,8 @@ constexpr int kTileRows = 4, kPanelVectors = 2;
 // weights.
 constexpr int64_t kGroupPixels = 48;
 
+constexpr int64_t kAllPanels = INT64_MAX;
+
 // The columns of a weight in panels of up to kPanelVectors vectors, as even as can be.
 template <class C>
 struct Panels {
@@ -223,15 +225,17 @@ int64_t packed_size(int64_t columns, int64_t depth) {
   return ceil_div(columns, kLanes<typename P::C>) * P::column_vector(depth);
 }
 
-// Packs `count` elements along the depth of a weight with `columns` columns, which begin at `first`, a multiple of
-// P::padded(1). fill(k, n, column, lanes, out, stride) gives elements [k, k + n) of them of a vector of columns.
+// Of the panels of a weight with `columns` columns, those from `begin` to `end`. Packs `count` elements along the depth,
+// which begin at `first`, a multiple of P::padded(1). fill(k, n, column, lanes, out, stride) gives elements [k, k + n) of
+// them of a vector of columns.
 template <class P, class Fill>
-void pack_panels(int64_t columns, int64_t depth, int64_t first, int64_t count, typename P::C* packed, Fill fill) {
+void pack_panels(int64_t columns, int64_t depth, int64_t first, int64_t count, typename P::C* packed, Fill fill,
+                 int64_t begin = 0, int64_t end = kAllPanels) {
   using C = typename P::C;
   constexpr int V = kLanes<C>;
   C buffer[2 * V * kPanelVectors * V];
   const Panels<C> panels(columns);
-  for (int64_t i = 0; i < panels.count; ++i) {
+  for (int64_t i = max64(begin, 0); i < min64(end, panels.count); ++i) {
     const int vectors = panels.vectors(i);
     C* panel = packed + panels.begin(i) * P::column_vector(depth) + vectors * P::column_vector(first);
     for (int64_t k = 0; k < count; k += 2 * V) {
@@ -247,31 +251,49 @@ void pack_panels(int64_t columns, int64_t depth, int64_t first, int64_t count, t
   }
 }
 
-// A weight [columns, depth] with strides, or a part of its depth.
-template <class P, class T>
-void pack_weight(const T* weight, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, int64_t first,
-                 int64_t count, compute_t<T>* packed) {
+// out[i * stride] = elements i of `columns` rows, i < n, for a vector of rows side by side. Rows of a weight are short, and
+// too many for the processor to follow: those `ahead` rows on are fetched meanwhile.
+template <class T>
+void transpose_rows(const T* weight, int64_t column_stride, int64_t k_stride, int columns, int64_t n, int64_t ahead,
+                    compute_t<T>* out, int64_t stride) {
   using C = compute_t<T>;
   constexpr int V = kLanes<C>;
-  pack_panels<P>(columns, depth, first, count, packed,
-                 [&](int64_t k, int64_t n, int64_t column, int columns_here, C* out, int64_t stride) {
-    for (int64_t begin = 0; begin < n; begin += V) {
-      const int here = static_cast<int>(min64(n - begin, V));
-      Vec<C> block[V] = {};
-      for (int64_t j = 0; j < columns_here; ++j) {
-        const T* at = weight + (column + j) * column_stride + (k + begin) * k_stride;
-        block[j] = k_stride == 1 ? load_n(at, here) : load_strided(at, k_stride, here);
-      }
+  for (int64_t k = 0; k < n; k += V, out += V * stride) {
+    const int here = static_cast<int>(min64(n - k, V));
+    const T* at = weight + k * k_stride;
+    for (int j = 0; j < columns; ++j) __builtin_prefetch(at + (j + ahead) * column_stride, 0, 2);
+    Vec<C> block[V] = {};
+    if (k_stride == 1 && here == V && columns == V) {
+#pragma GCC unroll 16
+      for (int j = 0; j < V; ++j) block[j] = load(at + j * column_stride);
       transpose<C>(block);
-      for (int j = 0; j < here; ++j) store(out + (begin + j) * stride, block[j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < V; ++j) store(out + j * stride, block[j]);
+    } else {
+      for (int j = 0; j < columns; ++j, at += column_stride)
+        block[j] = k_stride == 1 ? load_n(at, here) : load_strided(at, k_stride, here);
+      transpose<C>(block);
+      for (int j = 0; j < here; ++j) store(out + j * stride, block[j]);
     }
-  });
+  }
 }
 
-// The whole of a dense weight.
+// A weight [columns, depth] with strides, or a part of its depth, or some of its panels.
 template <class P, class T>
-void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* packed) {
-  pack_weight<P>(weight, depth, 1, columns, depth, 0, depth, packed);
+void pack_weight(const T* weight, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, int64_t first,
+                 int64_t count, compute_t<T>* packed, int64_t begin = 0, int64_t end = kAllPanels) {
+  pack_panels<P>(columns, depth, first, count, packed,
+                 [&](int64_t k, int64_t n, int64_t column, int columns_here, compute_t<T>* out, int64_t stride) {
+    transpose_rows(weight + column * column_stride + k * k_stride, column_stride, k_stride, columns_here, n,
+                   kPanelVectors * kLanes<compute_t<T>>, out, stride);
+  }, begin, end);
+}
+
+// A dense weight, or some of its panels.
+template <class P, class T>
+void pack_weight(const T* weight, int64_t columns, int64_t depth, compute_t<T>* packed, int64_t begin = 0,
+                 int64_t end = kAllPanels) {
+  pack_weight<P>(weight, depth, 1, columns, depth, 0, depth, packed, begin, end);
 }
 
 }  // namespace

@@ -20,9 +20,11 @@ ConvParams conv_params(Dtype dtype, int64_t out_c, int64_t c, int64_t kernel_h, 
 
 void pack(const ConvParams& p, const Tensor& weight, const Optional& mean, const Optional& var, const Optional& gamma,
           const Optional& beta, double eps, void* packed) {
-  const Tensor dense = torch::stable::contiguous(weight);  // small
+  const ConvWeight w{weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   const FoldedNorm norm(mean, var, gamma, beta, eps, kIdentity, p.dtype, p.out_c);
-  EFFK_CPU_FUNCTION(conv_pack)(p, dense.const_data_ptr(), norm.affine(), packed);
+  const auto pack = EFFK_CPU_FUNCTION(conv_pack);
+  pack_in_units(EFFK_CPU_FUNCTION(conv_pack_units)(p), EFFK_CPU_FUNCTION(conv_packed_size)(p),
+                [&](int64_t first, int64_t last) { pack(p, w, norm.affine(), packed, first, last); });
 }
 
 ConvParams params_of(const Tensor& weight, int64_t stride) {

@@ -195,28 +195,41 @@ inline int64_t winograd_packed_size(const ConvParams& p) {
   return kParts * packed_size<PlainProduct<float>>(p.out_c, p.x.c) + 2 * round_up<float>(p.out_c);
 }
 
-// Element `part` of G w G^T of one 3 x 3 kernel.
-inline double winograd_weight(const float* w, int part) {
-  const auto combine = [](int row, double a, double b, double c) {
-    return row == 0 ? a : row == 1 ? 0.5 * (a + c + b) : row == 2 ? 0.5 * (a + c - b) : c;
-  };
-  const auto of_column = [&](int i) { return combine(part / 4, w[i], w[3 + i], w[6 + i]); };
-  return combine(part % 4, of_column(0), of_column(1), of_column(2));
+// Row `i` of G times a column of a 3 x 3 kernel.
+inline EFFK_INLINE VecF winograd_row(int i, VecF a, VecF b, VecF c) {
+  return i == 0 ? a : i == 1 ? 0.5f * (a + c + b) : i == 2 ? 0.5f * (a + c - b) : c;
 }
 
-inline void winograd_pack(const ConvParams& p, const float* weight, const Affine& norm, float* packed) {
+// G w G^T of each kernel, element by element.
+inline void winograd_pack(const ConvParams& p, const ConvWeight& w, float* packed, int64_t begin, int64_t end) {
   using P = PlainProduct<float>;
-  const int64_t size = packed_size<P>(p.out_c, p.x.c);
-  for (int part = 0; part < kParts; ++part)
-    pack_panels<P>(p.out_c, p.x.c, 0, p.x.c, packed + part * size,
-                   [&](int64_t k, int64_t n, int64_t column, int columns_here, float* out, int64_t stride) {
-      for (int64_t i = 0; i < n; ++i)
-        for (int j = 0; j < kLanes<float>; ++j) {
-          const float* w = weight + ((column + j) * p.x.c + k + i) * 9;
-          out[i * stride + j] = j < columns_here ? static_cast<float>(winograd_weight(w, part)) : 0.0f;
-        }
-    });
-  pack_norm(norm, p.out_c, packed + kParts * size);
+  constexpr int V = kLanes<float>, kTaps = 9, kDepth = 2 * V;  // which `fill` is asked for at most
+  const int64_t size = packed_size<P>(p.out_c, p.x.c), ahead = kPanelVectors * V;
+  pack_panels<P>(p.out_c, p.x.c, 0, p.x.c, packed,
+                 [&](int64_t k, int64_t n, int64_t column, int columns, float* out, int64_t stride) {
+    // [kDepth][kTaps] or [kTaps][kDepth] vectors, as the weight has them.
+    float taps[kDepth * kTaps * V];
+    const float* from = static_cast<const float*>(w.data) + column * w.out + k * w.channel;
+    const bool dense = w.column == 1 && w.row == 3 && w.channel == kTaps;
+    const int64_t channel = dense ? kTaps * V : V, tap = dense ? V : kDepth * V;
+    if (dense)
+      transpose_rows(from, w.out, 1, columns, n * kTaps, ahead, taps, V);
+    else
+      for (int t = 0; t < kTaps; ++t)
+        transpose_rows(from + t / 3 * w.row + t % 3 * w.column, w.out, w.channel, columns, n, ahead, taps + t * tap, V);
+    for (int64_t i = 0; i < n; ++i) {
+      VecF g[kTaps];
+#pragma GCC unroll 9
+      for (int t = 0; t < kTaps; ++t) g[t] = load(taps + i * channel + t * tap);
+#pragma GCC unroll 16
+      for (int part = 0; part < kParts; ++part) {
+        VecF column_of[3];
+#pragma GCC unroll 3
+        for (int x = 0; x < 3; ++x) column_of[x] = winograd_row(part / 4, g[x], g[3 + x], g[6 + x]);
+        store(out + part * size + i * stride, winograd_row(part % 4, column_of[0], column_of[1], column_of[2]));
+      }
+    }
+  }, begin, end);
 }
 
 inline void winograd_plan(ConvParams& p, int64_t threads) {
@@ -333,17 +346,25 @@ int64_t conv_packed_size(const ConvParams& p) {
   return size;
 }
 
-void conv_pack(const ConvParams& p, const void* weight, const Affine& norm, void* packed) {
-  if (is_winograd(p)) return winograd_pack(p, static_cast<const float*>(weight), norm, static_cast<float*>(packed));
+// Panels.
+int64_t conv_pack_units(const ConvParams& p) {
+  int64_t units = 0;
+  with_storage(p.dtype, [&](auto storage) { units = Panels<compute_t<decltype(storage)>>(p.out_c).count; });
+  return units;
+}
+
+void conv_pack(const ConvParams& p, const ConvWeight& w, const Affine& norm, void* packed, int64_t first, int64_t last) {
   with_product(p, [&](auto storage, auto* product) {
     using T = decltype(storage);
     using C = compute_t<T>;
     using P = std::remove_pointer_t<decltype(product)>;
-    const int64_t taps = p.kernel_h * p.kernel_w, depth = depth_of<P>(p);
-    for (int64_t t = 0; t < taps; ++t)
-      pack_weight<P>(static_cast<const T*>(weight) + t, taps * p.x.c, taps, p.out_c, depth, t * P::padded(p.x.c),
-                  p.x.c, static_cast<C*>(packed));
-    pack_norm(norm, p.out_c, static_cast<C*>(packed) + packed_size<P>(p.out_c, depth));
+    C* to = static_cast<C*>(packed);
+    if (first == 0) pack_norm(norm, p.out_c, to + conv_packed_size(p) - 2 * round_up<C>(p.out_c));
+    if constexpr (std::is_same_v<T, float>)
+      if (is_winograd(p)) return winograd_pack(p, w, to, first, last);
+    for (int64_t t = 0; t < p.kernel_h * p.kernel_w; ++t)
+      pack_weight<P>(static_cast<const T*>(w.data) + t / p.kernel_w * w.row + t % p.kernel_w * w.column, w.out, w.channel,
+                     p.out_c, depth_of<P>(p), t * P::padded(p.x.c), p.x.c, to, first, last);
   });
 }
 

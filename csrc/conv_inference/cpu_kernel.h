@@ -10,6 +10,12 @@
 
 namespace effk {
 
+// [out_c, C, kernel_h, kernel_w], of ConvParams::dtype, in any layout: the steps from one to the next, in elements.
+struct ConvWeight {
+  const void* data;
+  int64_t out, channel, row, column;
+};
+
 struct ConvParams {
   Dtype dtype;
   Map x;
@@ -34,8 +40,9 @@ struct ConvParams {
 #define EFFK_DECLARE(isa)                                                                                  \
   namespace isa {                                                                                          \
   int64_t conv_packed_size(const ConvParams& params);                                                      \
-  /* `weight` is [out_c, C, kernel_h, kernel_w], dense, of `dtype` */                                      \
-  void conv_pack(const ConvParams& params, const void* weight, const Affine& norm, void* packed);          \
+  int64_t conv_pack_units(const ConvParams& params);                                                       \
+  void conv_pack(const ConvParams& params, const ConvWeight& weight, const Affine& norm, void* packed,     \
+                 int64_t first, int64_t last);                                                             \
   void conv_plan(ConvParams& params, int64_t threads);                                                     \
   void conv_run(const ConvParams& params, int64_t first_unit, int64_t last_unit, void* scratch);           \
   }

@@ -64,7 +64,11 @@ class Block {
   }
 
   int64_t packed_size() const { return EFFK_CPU_FUNCTION(mbconv_packed_size)(params); }
-  void pack(void* packed) const { EFFK_CPU_FUNCTION(mbconv_pack)(params, weights_, packed); }
+  void pack(void* packed) const {
+    const auto pack = EFFK_CPU_FUNCTION(mbconv_pack);
+    pack_in_units(EFFK_CPU_FUNCTION(mbconv_pack_units)(params), packed_size(),
+                  [&](int64_t first, int64_t last) { pack(params, weights_, packed, first, last); });
+  }
 
  private:
   const void* dense(const Optional& t) {

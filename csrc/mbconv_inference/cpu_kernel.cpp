@@ -257,23 +257,34 @@ void plan(MbconvParams& p, int64_t threads) {
   p.scratch_size = max64(max64(staging, Ring<C>(p).size), max64(project, gate_scratch_size<C>(p.hidden, p.squeezed)));
 }
 
+// Units of packing: what is small and the gate, then the panels of the expansion, then those of the projection.
 template <class T>
-void pack(const MbconvParams& p, const MbconvWeights& w, compute_t<T>* packed) {
+int64_t pack_units(const MbconvParams& p) {
+  using C = compute_t<T>;
+  return 1 + (p.has_expand ? Panels<C>(p.hidden).count : 0) + Panels<C>(p.out_c).count;
+}
+
+template <class T>
+void pack(const MbconvParams& p, const MbconvWeights& w, compute_t<T>* packed, int64_t first, int64_t last) {
   using C = compute_t<T>;
   const Packed<T> at(p);
-  if (p.has_expand) {
-    pack_weight<Product<T>>(static_cast<const T*>(w.expand), p.hidden, p.x.c, packed + at.expand);
-    pack_norm(w.expand_norm, p.hidden, packed + at.norm1);
+  const int64_t expand = 1, project = pack_units<T>(p) - Panels<C>(p.out_c).count;
+  if (first == 0) {
+    if (p.has_expand) pack_norm(w.expand_norm, p.hidden, packed + at.norm1);
+    pack_taps(static_cast<const T*>(w.depthwise), p.hidden, p.kernel_size * p.kernel_size, packed + at.depthwise);
+    pack_norm(w.depthwise_norm, p.hidden, packed + at.norm2);
+    if (p.squeezed)
+      with_storage(w.gate_dtype, [&](auto storage) {
+        using G = decltype(storage);
+        if constexpr (std::is_same_v<compute_t<G>, C>) pack_gate<G>(w.gate, p.hidden, p.squeezed, packed + at.gate);
+      });
+    pack_norm(w.project_norm, p.out_c, packed + at.norm3);
   }
-  pack_taps(static_cast<const T*>(w.depthwise), p.hidden, p.kernel_size * p.kernel_size, packed + at.depthwise);
-  pack_norm(w.depthwise_norm, p.hidden, packed + at.norm2);
-  if (p.squeezed)
-    with_storage(w.gate_dtype, [&](auto storage) {
-      using G = decltype(storage);
-      if constexpr (std::is_same_v<compute_t<G>, C>) pack_gate<G>(w.gate, p.hidden, p.squeezed, packed + at.gate);
-    });
-  pack_weight<Product<T>>(static_cast<const T*>(w.project), p.out_c, p.hidden, packed + at.project);
-  pack_norm(w.project_norm, p.out_c, packed + at.norm3);
+  if (p.has_expand)
+    pack_weight<Product<T>>(static_cast<const T*>(w.expand), p.hidden, p.x.c, packed + at.expand, first - expand,
+                            last - expand);
+  pack_weight<Product<T>>(static_cast<const T*>(w.project), p.out_c, p.hidden, packed + at.project, first - project,
+                          last - project);
 }
 
 template <class T>
@@ -316,10 +327,16 @@ void mbconv_plan(MbconvParams& p, int64_t threads) {
   with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p, threads); });
 }
 
-void mbconv_pack(const MbconvParams& p, const MbconvWeights& weights, void* packed) {
+int64_t mbconv_pack_units(const MbconvParams& p) {
+  int64_t units = 0;
+  with_storage(p.dtype, [&](auto storage) { units = pack_units<decltype(storage)>(p); });
+  return units;
+}
+
+void mbconv_pack(const MbconvParams& p, const MbconvWeights& weights, void* packed, int64_t first, int64_t last) {
   with_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    pack<T>(p, weights, static_cast<compute_t<T>*>(packed));
+    pack<T>(p, weights, static_cast<compute_t<T>*>(packed), first, last);
   });
 }
 

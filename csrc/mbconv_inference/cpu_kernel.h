@@ -61,7 +61,9 @@ constexpr MbconvPhase kSharedPhases[] = {MbconvPhase::kStage, MbconvPhase::kDept
   namespace isa {                                                                                                  \
   int64_t mbconv_packed_size(const MbconvParams& params);                                                          \
   void mbconv_plan(MbconvParams& params, int64_t threads);                                                         \
-  void mbconv_pack(const MbconvParams& params, const MbconvWeights& weights, void* packed);                        \
+  int64_t mbconv_pack_units(const MbconvParams& params);                                                           \
+  void mbconv_pack(const MbconvParams& params, const MbconvWeights& weights, void* packed, int64_t first,          \
+                   int64_t last);                                                                                  \
   int64_t mbconv_units(const MbconvParams& params, MbconvPhase phase);                                             \
   /* `images` has room for one image in kWhole, else for all. */                                                   \
   void mbconv_run(const MbconvParams& params, MbconvPhase phase, int64_t first, int64_t last, void* images,        \

@@ -5,12 +5,9 @@
 namespace effk {
 namespace {
 
-// Packs the depth of a weight in the threads.
 template <class Params>
 void pack_shared(void (*pack)(const Params&, int64_t, int64_t), const Params& p, int64_t depth, int64_t columns) {
-  constexpr int64_t kGrain = 16 << 10;  // elements: less is done before a thread wakes
-  torch::stable::parallel_for(0, depth, std::max<int64_t>(kGrain / std::max<int64_t>(columns, 1), 1),
-                              [&](int64_t first, int64_t last) { pack(p, first, last); });
+  pack_in_units(pack_blocks(depth), depth * columns, [&](int64_t first, int64_t last) { pack(p, first, last); });
 }
 
 std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
@@ -43,7 +40,7 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   p.packed = scratch<0>(p.packed_size);
   std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : map.n * p.bands * 2 * outputs);
   p.partials = partials.data();
-  pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, pack_blocks(map.c), kPackDepth * outputs);
+  pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, map.c, outputs);
   const auto run = EFFK_CPU_FUNCTION(pointwise_run);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
@@ -99,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   p.packed = scratch<0>(p.packed_size);
   if (need_sums) p.sums = scratch<2>(sums_size);
   p.products = scratch<3>(p.products_size);
-  if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, pack_blocks(outputs), kPackDepth * map.c);
+  if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, outputs, map.c);
   const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));

@@ -8,6 +8,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+_BATCH_NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
+
 def map_tensor(op: str, name: str, x: Tensor) -> None:
     """`x` is a floating-point feature map [N, C, H, W] with a positive number of channels and pixels."""
     if not isinstance(x, Tensor):
@@ -20,15 +23,15 @@ def map_tensor(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have at least one channel, row and column, got shape {list(x.shape)}")
 
 
+# What follows is asked some twenty times per block and call: the tests that pass come first and build nothing.
 def shaped(op: str, name: str, tensor: Tensor | None, shape: Iterable[int], like: Tensor) -> None:
     """`tensor`, if given, has `shape` and lies on the device of `like`."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    expected = list(shape)
-    if list(tensor.shape) != expected:
-        raise ValueError(f"{op}: {name} must have shape {expected}, got {list(tensor.shape)}")
+    if tensor.shape != (expected := tuple(shape)):
+        raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} as x is, got {tensor.device}")
     if not tensor.is_floating_point():
@@ -42,6 +45,8 @@ def same_dtype(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
 
 def parameter_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """A per-channel parameter has the dtype of `x`; beside 16-bit maps float32 is accepted too."""
+    if tensor.dtype == x.dtype:
+        return
     accepted = [x.dtype] if x.dtype.itemsize > 2 else [x.dtype, torch.float32]
     if tensor.dtype not in accepted:
         raise TypeError(f"{op}: {name} must be {' or '.join(map(str, accepted))} as x is, got {tensor.dtype}")
@@ -77,10 +82,10 @@ def batch_norm(
     training: bool,
 ) -> None:
     """The tensors of a BatchNorm over `channels` channels are complete and float32 or of the dtype of `x`."""
-    tensors = dict(bn_weight=weight, bn_bias=bias, running_mean=running_mean, running_var=running_var)
-    for name, tensor in tensors.items():
-        shaped(op, name, tensor, [channels], x)
+    shape = (channels,)
+    for name, tensor in zip(_BATCH_NORM, (weight, bias, running_mean, running_var), strict=True):
         if tensor is not None:
+            shaped(op, name, tensor, shape, x)
             parameter_dtype(op, name, tensor, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var must both be tensors or both be None")

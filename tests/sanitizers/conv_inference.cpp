@@ -7,7 +7,11 @@ namespace effk::sanitized {
 static std::vector<Buffer> conv(ConvParams p, const Buffer& weight, const Affine& norm, int threads) {
   const Dtype wide = compute_dtype(p.dtype);
   const Buffer packed(wide, EFFK_CPU_FUNCTION(conv_packed_size)(p));
-  EFFK_CPU_FUNCTION(conv_pack)(p, weight.data(), norm, packed.data());
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const ConvWeight dense{weight.data(), p.x.c * taps, taps, p.kernel_w, 1};
+  const auto pack = EFFK_CPU_FUNCTION(conv_pack);
+  parallel_for(threads, EFFK_CPU_FUNCTION(conv_pack_units)(p), wide, 0,
+               [&](int64_t begin, int64_t end, void*) { pack(p, dense, norm, packed.data(), begin, end); });
   p.packed = packed.data();
   const Buffer y(p.dtype, p.x.n * p.out_c * p.out_h * p.out_w);
   p.y = y.data();

@@ -8,7 +8,9 @@ namespace effk::sanitized {
 static std::vector<Buffer> mbconv(MbconvParams p, const MbconvWeights& weights, bool whole, int threads) {
   const Dtype wide = compute_dtype(p.dtype);
   const Buffer packed(wide, EFFK_CPU_FUNCTION(mbconv_packed_size)(p));
-  EFFK_CPU_FUNCTION(mbconv_pack)(p, weights, packed.data());
+  const auto pack = EFFK_CPU_FUNCTION(mbconv_pack);
+  parallel_for(threads, EFFK_CPU_FUNCTION(mbconv_pack_units)(p), wide, 0,
+               [&](int64_t begin, int64_t end, void*) { pack(p, weights, packed.data(), begin, end); });
   p.packed = packed.data();
   EFFK_CPU_FUNCTION(mbconv_plan)(p, whole ? 1 : 4);
   const Buffer y(p.dtype, p.x.n * p.out_c * p.out_h * p.out_w), shared(wide, whole ? 0 : p.x.n * p.image_size);
