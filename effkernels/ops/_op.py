@@ -156,13 +156,23 @@ class Op:
 def _function(
     name: str, overload: Callable[..., Any], setup_context: Callable[..., None], formula: Callable[..., Any]
 ) -> Callable[..., Any]:
-    members = {"forward": overload, "setup_context": setup_context, "backward": formula}
-    function: Any = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def function(**members: Callable[..., Any]) -> Any:
+        return type(name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items()})
+
+    # For a `setup_context` of its own the signature is inspected at each call; functorch insists on one.
+    plain = function(forward=forward, backward=formula)
+    transformed = function(forward=overload, setup_context=setup_context, backward=formula)
 
     def apply(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return super(torch.autograd.Function, function).apply(*args)  # without inspecting the signature first
+            return transformed.apply(*args)
+        return super(torch.autograd.Function, plain).apply(*args)  # nor does this inspect it
 
     return apply
 
