@@ -1,5 +1,6 @@
 // effkernels::dwconv on CUDA: plans, allocates, launches.
 #include "dwconv/cuda_tensor.h"
+#include "dwconv/tiles.h"
 
 namespace effk::dwconv {
 namespace {
@@ -19,7 +20,7 @@ std::tuple<Tensor, Tensor> dwconv(
   Tensor y = empty_map(x, {q.x.n, q.x.c, out_h, out_w});
   if (y.numel() == 0) return {y, undefined_sums(x, q.reduce)};
   q.y = map_of(y, "y");
-  Plan plan = make_plan(q);
+  Plan plan = make_plan(q, *choose_tile(q));
   Tensor sums = empty_sums(x, q.reduce), workspace = empty_floats(x, {plan.workspace_floats});
   plan.reduce_into(static_cast<float*>(sums.data_ptr()), static_cast<float*>(workspace.data_ptr()));
   execute(plan, current_stream(x));

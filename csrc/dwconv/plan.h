@@ -121,58 +121,8 @@ inline Tile nchw_tile(const Problem& q, int group, int strips, int tile_w) {
   return t;
 }
 
-// Estimated cost of a launch in multiply-adds: those of its threads, idle ones too, and 2 for each byte staged (an L2
-// of 64 bytes per cycle beside 128 multiply-adds). Too few warps on a multiprocessor expose latency, and a launch of
-// too few warps leaves multiprocessors idle.
-inline double cost(const Tile& t) {
-  constexpr double kBlockOverhead = 20000, kWarpsPerSm = 16, kWarpsPerLaunch = 1024;
-  constexpr int kSharedPerSm = 100 * 1024, kSharedReserved = 1024, kThreadsPerSm = 768;
-  const double warps = double(ceil_div(t.threads, 32));
-  const int resident = std::max(1, std::min(kSharedPerSm / (t.shared + kSharedReserved), kThreadsPerSm / t.threads));
-  const double exposed = std::max(1.0, kWarpsPerSm / (resident * warps));
-  const double block = kBlockOverhead + (2 * t.staged_bytes + warps * 32 * t.macs) * exposed;
-  return std::max(double(t.blocks), kWarpsPerLaunch / warps) * block;
-}
-
-inline Tile best_tile(const Problem& q) {
-  constexpr int kChannelGroups[] = {8, 16, 24, 32, 40, 48, 56, 64, 80, 96};
-  constexpr int kPlaneGroups[] = {1, 2, 4, 8, 16, 32, 64, 128};
-  constexpr int kWidest = 128, kWidths = 4;
-  const int vector = kVectorBytes / size_of(q.dtype);
-  const int64_t limit = q.channels_last ? round_up(q.x.c, vector) : q.x.n * q.x.c;
-  const int max_strips = int(ceil_div(q.y.h, kRows));
-  Tile best{};
-  double best_cost = 0;
-  const auto consider = [&](int group) {
-    for (int strips = 1; strips <= std::min(4, max_strips); strips *= 2) {
-      int considered = 0;
-      for (int64_t cuts = ceil_div(q.y.w, kWidest); considered < kWidths && cuts <= q.y.w; ++cuts) {
-        const int tile_w = int(ceil_div(q.y.w, cuts));
-        const auto make = q.channels_last ? channels_last_tile : nchw_tile;
-        const Tile t = make(q, group, strips, tile_w);
-        if (t.threads > kMaxThreads || t.shared > kMaxShared) continue;
-        ++considered;
-        const double c = cost(t);
-        if (best_cost > 0 && c >= best_cost) continue;
-        best = t;
-        best_cost = c;
-      }
-    }
-  };
-  if (q.channels_last) {
-    for (int group : kChannelGroups)
-      if (group <= limit) consider(group);
-    if (limit < kChannelGroups[0]) consider(int(limit));
-  } else {
-    for (int group : kPlaneGroups)
-      if (group <= limit) consider(group);
-  }
-  return best;
-}
-
 // A problem must not be empty.
-inline Plan make_plan(const Problem& q) {
-  const Tile t = best_tile(q);
+inline Plan make_plan(const Problem& q, const Tile& t) {
   Plan plan;
   plan.main.instance = {q.channels_last, q.dtype, q.kernel_size, q.stride};
   plan.main.grid = unsigned(to_int32(t.blocks, "the number of blocks"));

@@ -1,4 +1,4 @@
-#include "dwconv/plan.h"
+#include "dwconv/tiles.h"
 #include "introspection/plans.h"
 #include "introspection/registry.h"
 
@@ -21,7 +21,7 @@ static py::dict dwconv_plan(const MapArgument& x, const MapArgument& y, const st
   q.pad_top = pad_top;
   q.pad_left = pad_left;
   q.reduce = static_cast<Reduce>(reduce);
-  dwconv::Plan plan = dwconv::make_plan(q);
+  dwconv::Plan plan = dwconv::make_plan(q, *best_tile(q));
   return to_dict(plan, sums, workspace);
 }
 

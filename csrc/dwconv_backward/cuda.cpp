@@ -1,6 +1,6 @@
 // effkernels::dwconv_backward and expand_dwconv_backward on CUDA: plan, allocate, launch.
 #include "dwconv/cuda_tensor.h"
-#include "dwconv_backward/plan.h"
+#include "dwconv_backward/tiles.h"
 #include "expand_dwconv/cuda_tensor.h"
 
 namespace effk::dwconv_backward {
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> run(Problem& q, const Tensor& grad, const Ten
     return {grad_norm, grad_weight, sums};
   }
   if (need_input) q.grad_norm = map_of(grad_norm, "grad_norm");
-  const std::optional<Tile> tile = best_tile(q);
+  const std::optional<Tile> tile = choose_tile(q);
   require(tile.has_value(), std::to_string(q.narrow.c) + " channels of x do not fit this GPU's shared memory");
   Plan plan = make_plan(q, *tile);
   Tensor workspace = empty_floats(x, {plan.workspace_floats});

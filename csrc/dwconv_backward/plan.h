@@ -6,8 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
-#include <optional>
 
 #include "common/layout.h"
 #include "common/partial_sums.h"
@@ -140,75 +138,6 @@ inline Tile make_tile(const Problem& q, const Operands& operands, int group, int
   t.tiles_w = ceil_div(steps_of(q.x.w, q.pad_left, q.stride), tile_w);
   t.tiles = q.x.n * t.tiles_h * t.tiles_w;
   return t;
-}
-
-// Estimated cost of a launch in instructions of a thread: kStaged for each element of dy, halo included, and for each
-// pixel kPixel and two multiply-adds per tap, of idle threads too; 2 for each byte read or written (an L2 of 64 bytes per
-// cycle beside 128 multiply-adds). Too few warps on a multiprocessor expose latency. An expansion reads the narrow map
-// instead of x, and multiplies.
-inline double cost(const Problem& q, const Tile& t) {
-  constexpr double kOverhead = 20000, kStaged = 40, kPixel = 40, kWarpsPerSm = 16;
-  constexpr int kSharedPerSm = 100 * 1024, kSharedReserved = 1024;
-  const int k = q.kernel_size, threads_per_sm = kMaxThreads * blocks_per_sm(k, q.channels_last);
-  const int over = reach(k, q.stride), area = q.stride * q.stride;
-  const double staged = double(std::min<int64_t>(t.strips * steps(q.stride) + over, q.y.h)) *
-                        std::min<int64_t>(t.tile_w + over, q.y.w);
-  const double pixels = double(t.strips) * steps(q.stride) * t.tile_w * area;
-  const double warps = double(ceil_div(t.threads, 32));
-  const int64_t fitting = std::min<int64_t>(kSharedPerSm / (t.shared + kSharedReserved), threads_per_sm / t.threads);
-  const double exposed = std::max(1.0, kWarpsPerSm / (std::max<int64_t>(fitting, 1) * warps));
-  const double pixel_bytes = q.channels_last ? round_up(t.group * size_of(q.dtype), 64) : t.group * size_of(q.dtype);
-  double bytes = 2 * (staged + pixels) * pixel_bytes, product = 0;
-  if (q.expands) {
-    bytes += pixels * (q.narrow.c * size_of(q.dtype) - pixel_bytes);
-    product = std::ceil(pixels / kUnitPixels) * (t.group / kUnitChannels) * 128 *
-              product_cycles(q.dtype, q.narrow.c, false, 12);
-  }
-  const double thread = steps(q.stride) * area * (2 * k * k + kPixel) * (q.channels_last ? lanes(k) : 1);
-  const double tile = kOverhead + (2 * bytes + kStaged * staged * t.group + product + warps * 32 * thread) * exposed;
-  return double(t.groups * t.tiles) * tile;
-}
-
-// The cheapest tile; none where an expansion does not fit shared memory.
-inline std::optional<Tile> best_tile(const Problem& q) {
-  constexpr int kChannelGroups[] = {8, 16, 24, 32, 40, 48, 56, 64, 80, 96}, kExpandedGroups[] = {16, 32, 48, 64};
-  constexpr int kPlaneGroups[] = {1, 2, 4, 8, 16, 32, 64};
-  constexpr int kWidest = 128, kWidths = 4, kMaxStrips = 8;
-  const int vector = kVectorBytes / size_of(q.dtype);
-  const int64_t limit = q.channels_last ? round_up(q.x.c, vector) : q.x.c;
-  const int64_t height = steps_of(q.x.h, q.pad_top, q.stride), width = steps_of(q.x.w, q.pad_left, q.stride);
-  const Operands operands = q.expands ? make_operands(q.narrow, q.dtype, q.expand) : Operands{};
-  std::optional<Tile> best;
-  double best_cost = 0;
-  const auto consider = [&](int group) {
-    for (int strips = 1; strips <= std::min<int64_t>(kMaxStrips, ceil_div(height, steps(q.stride))); ++strips) {
-      int considered = 0;
-      for (int64_t cuts = ceil_div(width, kWidest); considered < kWidths && cuts <= width; ++cuts) {
-        int tile_w = int(ceil_div(width, cuts));
-        // Whole warps multiply.
-        if (q.expands) tile_w = int(round_up(tile_w, 32 / std::gcd(32, group / lanes(q.kernel_size) * strips)));
-        const Tile t = make_tile(q, operands, group, strips, tile_w);
-        if (t.threads > kMaxThreads || t.shared > q.max_shared) continue;
-        ++considered;
-        const double c = cost(q, t);
-        if (best && c >= best_cost) continue;
-        best = t;
-        best_cost = c;
-      }
-    }
-  };
-  if (q.expands) {
-    for (int group : kExpandedGroups)
-      if (group <= round_up(q.x.c, kUnitChannels)) consider(group);
-  } else if (q.channels_last) {
-    for (int group : kChannelGroups)
-      if (group <= limit) consider(group);
-    if (limit < kChannelGroups[0]) consider(int(limit));
-  } else {
-    for (int group : kPlaneGroups)
-      if (group <= limit) consider(group);
-  }
-  return best;
 }
 
 // A problem must not be empty.

@@ -1,4 +1,4 @@
-#include "dwconv_backward/plan.h"
+#include "dwconv_backward/tiles.h"
 #include "introspection/plans.h"
 #include "introspection/registry.h"
 
@@ -30,7 +30,7 @@ static std::optional<py::dict> dwconv_backward_plan(
     q.expand = reinterpret_cast<const void*>(expand);
     q.max_shared = shared_per_block;
   }
-  const auto tile = dwconv_backward::best_tile(q);
+  const auto tile = best_tile(q);
   if (!tile) return std::nullopt;
   dwconv_backward::Plan plan = dwconv_backward::make_plan(q, *tile);
   return to_dict(plan, grad_weight, sums, workspace);

@@ -1,5 +1,6 @@
 // effkernels::expand_dwconv on CUDA: plans, allocates, launches.
 #include "expand_dwconv/cuda_tensor.h"
+#include "expand_dwconv/tiles.h"
 
 namespace effk::expand_dwconv {
 namespace {
@@ -22,7 +23,7 @@ std::tuple<Tensor, Tensor> expand_dwconv(
   Tensor d = empty_map(x, {q.x.n, hidden, out_h, out_w}, true);
   if (d.numel() == 0) return {d, undefined_sums(d, q.reduce)};
   q.d.data = d.data_ptr();
-  const std::optional<Tile> tile = best_tile(q);
+  const std::optional<Tile> tile = choose_tile(q);
   require(tile.has_value(), std::to_string(q.x.c) + " channels of x do not fit this GPU's shared memory");
   Plan plan = make_plan(q, *tile);
   Tensor sums = empty_sums(d, q.reduce), workspace = empty_floats(x, {plan.workspace_floats});

@@ -1,4 +1,4 @@
-#include "expand_dwconv/plan.h"
+#include "expand_dwconv/tiles.h"
 #include "introspection/plans.h"
 #include "introspection/registry.h"
 
@@ -26,11 +26,11 @@ static std::optional<py::dict> expand_dwconv_plan(const MapArgument& x, const Ma
   q.tf32 = tf32;
   q.gpu.multiprocessors = multiprocessors;
   q.gpu.shared_per_block = shared_per_block;
-  const auto tile = expand_dwconv::best_tile(q);
+  const auto tile = best_tile(q);
   if (!tile) return std::nullopt;
   expand_dwconv::Plan plan = expand_dwconv::make_plan(q, *tile);
   py::dict dict = to_dict(plan, sums, workspace);
-  dict["worthwhile"] = expand_dwconv::cost(q, *tile) < expand_dwconv::staged_cost(q);
+  dict["worthwhile"] = expand_dwconv::worthwhile(q, *tile);
   py::dict shape;
   shape["group"] = tile->group;
   shape["strips"] = tile->strips;

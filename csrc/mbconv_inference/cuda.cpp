@@ -1,9 +1,12 @@
 // effkernels::mbconv_inference on CUDA: three launches of the phases' kernels. Where a tile of a wide block does not
 // fit shared memory, or costs more than it saves, the expansion is a launch of its own.
 #include "dwconv/cuda_tensor.h"
+#include "dwconv/tiles.h"
 #include "expand_dwconv/cuda_tensor.h"
+#include "expand_dwconv/tiles.h"
 #include "mbconv_inference/parameters.h"
 #include "pointwise_inference/cuda_tensor.h"
+#include "pointwise_inference/tiles.h"
 #include "squeeze_excite/cuda_tensor.h"
 
 namespace effk {
@@ -41,8 +44,8 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
                                          pad_top, pad_left, out_h, out_w, tf32);
     q.d.data = d.data_ptr();
     q.reduce = reduce;
-    const auto tile = expand_dwconv::best_tile(q);
-    if (tile && expand_dwconv::cost(q, *tile) < expand_dwconv::staged_cost(q)) fused = make_plan(q, *tile);
+    const auto tile = choose_tile(q, [&](const expand_dwconv::Tile& t) { return worthwhile(q, t); });
+    if (tile) fused = make_plan(q, *tile);
   }
   if (fused) {
     run(*fused);
@@ -53,13 +56,13 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
       std::optional<Tensor> no_gate;
       auto q = pointwise_inference::make_problem(x, *expand, norm1.transform, no_gate, std::nullopt, tf32);
       q.y = map_of(e, "e");
-      execute(pointwise_inference::make_plan(q), stream);
+      execute(make_plan(q, *choose_tile(q)), stream);
     }
     auto q = dwconv::make_problem(e, depthwise_weight, nothing, norm2.transform, stride, pad_top, pad_left);
     q.y = map_of(d, "d");
     q.reduce = reduce;
     q.channels_last = is_channels_last(d);
-    run(dwconv::make_plan(q));
+    run(make_plan(q, *choose_tile(q)));
   }
 
   std::optional<Tensor> gates;
@@ -74,7 +77,7 @@ Tensor mbconv_inference(Tensor x, EFFK_BLOCK_PARAMETERS, int64_t stride, int64_t
   auto q = pointwise_inference::make_problem(d, project_weight, norm3.transform, gates,
                                              residual ? std::optional<Tensor>(x) : std::nullopt, tf32);
   q.y = map_of(y, "y");
-  execute(pointwise_inference::make_plan(q), stream);
+  execute(make_plan(q, *choose_tile(q)), stream);
   return y;
 }
 

@@ -1,5 +1,6 @@
 // effkernels::pointwise_inference on CUDA: plans, allocates, launches.
 #include "pointwise_inference/cuda_tensor.h"
+#include "pointwise_inference/tiles.h"
 
 namespace effk::pointwise_inference {
 namespace {
@@ -13,7 +14,7 @@ Tensor pointwise_inference(Tensor x, Tensor weight, std::optional<Tensor> mean, 
   Tensor y = empty_map(x, {q.x.n, weight.size(0), q.x.h, q.x.w});
   if (y.numel() == 0) return y;
   q.y = map_of(y, "y");
-  execute(make_plan(q), current_stream(x));
+  execute(make_plan(q, *choose_tile(q)), current_stream(x));
   return y;
 }
 

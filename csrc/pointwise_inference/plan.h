@@ -63,20 +63,8 @@ struct Params {
 
 using Plan = Launch<Instance, Params>;
 
-// Estimated cost of a launch in bytes brought to multiprocessors. A launch of few blocks leaves some idle.
-inline double cost(const Problem& q, const Tile& t) {
-  constexpr double kEnoughBlocks = 216, kBlockOverhead = 16384;
-  const double flops_per_byte = q.dtype != Dtype::kFloat32 ? 64 : q.tf32 ? 32 : 8;
-  const double blocks = double(q.x.n * ceil_div(q.x.h * q.x.w, t.pixels) * ceil_div(q.y.c, t.channels));
-  const double loads = double(t.pixels + t.channels) * q.x.c * size_of(q.dtype);
-  const double flops = 2.0 * t.pixels * t.channels * q.x.c;
-  return std::max(blocks, kEnoughBlocks) * (kBlockOverhead + std::max(loads, flops / flops_per_byte));
-}
-
 // A problem must not be empty.
-inline Plan make_plan(const Problem& q) {
-  const Tile t = *std::min_element(std::begin(kTiles), std::end(kTiles),
-                                   [&](const Tile& a, const Tile& b) { return cost(q, a) < cost(q, b); });
+inline Plan make_plan(const Problem& q, const Tile& t) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0; };
   const int vector = kVectorBytes / size_of(q.dtype);
   Plan plan{};

@@ -1,6 +1,6 @@
 #include "introspection/plans.h"
 #include "introspection/registry.h"
-#include "pointwise_inference/plan.h"
+#include "pointwise_inference/tiles.h"
 
 namespace effk::introspection {
 
@@ -17,7 +17,7 @@ static py::dict pointwise_inference_plan(const MapArgument& x, const MapArgument
   q.weight = reinterpret_cast<const void*>(weight);
   q.gate = reinterpret_cast<const float*>(gate);
   q.epilogue = transform_from(epilogue);
-  return to_dict(pointwise_inference::make_plan(q));
+  return to_dict(pointwise_inference::make_plan(q, *best_tile(q)));
 }
 
 }  // namespace effk::introspection
