@@ -1,5 +1,6 @@
 """The compiled libraries: built where they are stale or missing, loaded, and if not there, why not."""
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import pathlib
@@ -37,6 +38,8 @@ for _backend, _library in (("cpp", "cpu"), ("cuda", "cuda")):
             torch.ops.load_library(BUILD.library(_library))
         except OSError as error:
             MISSING[_backend] = f"does not load: {error}"
+# The library of the CUDA launchers, for what they are told beside tensors (ops/_tiles.py); None where it is missing.
+launchers = None if MISSING["cuda"] else ctypes.CDLL(str(BUILD.library("cuda")))
 # The pybind11 module of csrc/introspection; None where it could not be built.
 introspection = None
 try:

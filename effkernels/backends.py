@@ -143,7 +143,8 @@ def choose(op: str, x: Tensor, obstacle: object = None, among: Kernels = OWN) ->
 def remark(text: str) -> None:
     """Tell `explain` more of the last decision."""
     if _decisions:
-        _decisions[-1] = replace(_decisions[-1], remark=text)
+        before = _decisions[-1].remark
+        _decisions[-1] = replace(_decisions[-1], remark=f"{before}; {text}" if before else text)
 
 
 def _warn_slow(x: Tensor, refused: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from effkernels import backends
 from effkernels.backends import Decision
+from effkernels.ops import _tiles
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,20 @@ class Explanation:
 def explain(module_or_op: Callable[..., Any], *example_inputs: Any, **kwargs: Any) -> Explanation:
     """Call a module, or an op of `effkernels.ops`, and tell which backend took each op call and why not the others.
 
+    Of CUDA launches whose tile `effkernels.autotune` found, or `effkernels.ops.use_tile` set, the tile is told too.
+
     A module is copied first and the CPU's random state is restored, so that its call leaves no trace.
 
     >>> print(effkernels.explain(model, images))
     """
     if isinstance(module_or_op, nn.Module):
         module_or_op = copy.deepcopy(module_or_op)
-    with torch.random.fork_rng(devices=[]), backends.record_decisions() as decisions:
+    watch = _tiles.Watch(_tell) if _tiles.asked_for else nullcontext()
+    with torch.random.fork_rng(devices=[]), backends.record_decisions() as decisions, watch:
         module_or_op(*example_inputs, **kwargs)
     return Explanation(tuple(decisions))
+
+
+def _tell(run: Callable[[], Any], launches: list[_tiles.Launch]) -> None:
+    for launch in dict.fromkeys(launch for launch in launches if launch.by):
+        backends.remark(f"{launch.op}: {launch} by {launch.by}")

@@ -7,8 +7,6 @@ use, by a few cases of each op, or by `effkernels doctor --verify`, by many. The
 import functools
 import hashlib
 import importlib
-import json
-import os
 import pathlib
 import platform
 import threading
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effkernels import _build, _native
+from effkernels import _build, _cache, _native
 
 if TYPE_CHECKING:
     from effkernels.ops._cases import Case
@@ -53,7 +51,7 @@ def why_not(backend: str, device: str, tracing: bool) -> str | None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         return "there is no GPU to check its kernels on"  # a fake tensor
     verdict = _verdicts.get((backend, device)) or load(backend, device)
-    if verdict is None and not (tracing or _is_capturing()):
+    if verdict is None and not (tracing or is_capturing()):
         verdict = _first_use(backend, device)
     if verdict is None:
         return _warned_once(backend, device, NOT_CHECKED)
@@ -67,7 +65,8 @@ def why_not(backend: str, device: str, tracing: bool) -> str | None:
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
+    """Whether this thread captures a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -99,27 +98,17 @@ def _first_use(backend: str, device: str) -> Verdict:
 
 def load(backend: str, device: str) -> Verdict | None:
     """The verdict of an earlier process."""
-    try:
-        return Verdict(**json.loads(_file(backend, device).read_text()))
-    except OSError:
-        return None
+    content = _cache.load(*_place(backend, device))
+    return None if content is None else Verdict(**content)
 
 
 def save(backend: str, device: str, verdict: Verdict) -> None:
     _verdicts[backend, device] = verdict
-    file = _file(backend, device)
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(asdict(verdict), indent=1))
-        partial.rename(file)
-    except OSError as error:
-        warnings.warn(f"effkernels cannot keep the verdict on its {backend} kernels: {error}", stacklevel=2)
+    _cache.save(asdict(verdict), f"the verdict on its {backend} kernels", *_place(backend, device))
 
 
-def _file(backend: str, device: str) -> pathlib.Path:
-    key = hashlib.sha256("\n".join([backend, device_name(device), version()]).encode()).hexdigest()
-    return _build.CACHE / "verified" / f"{key[:16]}.json"
+def _place(backend: str, device: str) -> tuple[str, ...]:
+    return "verified", backend, device_name(device), version()
 
 
 def device_name(device: str) -> str:

@@ -112,7 +112,7 @@ def test_a_kernel_that_fails_is_set_aside(monkeypatch):
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(verify, "_is_capturing", lambda: True)
+    monkeypatch.setattr(verify, "is_capturing", lambda: True)
     with pytest.warns(UserWarning, match="not checked on this device yet: run `effkernels doctor --verify`"):
         assert run()[0].backend == "eager"
     assert verify.load("cpp", "cpu") is None

@@ -5,6 +5,7 @@ from effkernels.nn.freezing import freeze, unfreeze
 from effkernels.nn.graphs import graph
 from effkernels.nn.layers import DropPath
 from effkernels.nn.modules import ConvBNAct, DepthwiseConvBNAct, FusedMBConv, MBConv, SqueezeExcite, Swish
+from effkernels.nn.tuning import autotune
 
 __all__ = [
     "ConvBNAct",
@@ -15,6 +16,7 @@ __all__ = [
     "MBConv",
     "SqueezeExcite",
     "Swish",
+    "autotune",
     "conversion_report",
     "convert",
     "freeze",

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from effkernels import backends
+
 WARMUPS = 3  # PyTorch's advice; the first compiles Triton's kernels and holds new ones against eager
 
 
@@ -21,15 +23,20 @@ def graph(model: nn.Module, example: Tensor) -> "Graph":
         TypeError: `model` is not an `nn.Module`, or `example` not a tensor.
         ValueError: `example` is not on a CUDA device, or `model` is in training mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"graph: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(example, Tensor):
-        raise TypeError(f"graph: example must be a torch.Tensor, got {type(example).__name__}")
-    if not example.is_cuda:
-        raise ValueError(f"graph: example must be on a CUDA device, got {example.device}")
-    if model.training:
-        raise ValueError("graph: model is in training mode; call eval() first")
+    check_inference("graph", model, example)
     return Graph(model, example)
+
+
+def check_inference(name: str, model: nn.Module, example: Tensor) -> None:
+    """Raise unless the function of this name is given a model in eval mode and an example on a GPU."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example, Tensor):
+        raise TypeError(f"{name}: example must be a torch.Tensor, got {type(example).__name__}")
+    if example.device.type not in backends.DEVICES["cuda"]:
+        raise ValueError(f"{name}: example must be on a CUDA device, got {example.device}")
+    if model.training:
+        raise ValueError(f"{name}: model is in training mode; call eval() first")
 
 
 class Graph:

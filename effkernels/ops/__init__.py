@@ -1,5 +1,6 @@
 """Fused ops. Each folder holds an op's function, schema and autograd formula, reference and Triton kernels."""
 
+from effkernels.ops._tiles import use_tile
 from effkernels.ops.batch_norm import bn_act
 from effkernels.ops.conv_inference import conv_bn_act
 from effkernels.ops.dwconv import dwconv_bn_swish
@@ -15,4 +16,5 @@ __all__ = [
     "mbconv_inference",
     "squeeze_excite",
     "squeeze_excite_gate",
+    "use_tile",
 ]

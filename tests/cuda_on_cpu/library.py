@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from effkernels import _build
+from effkernels import _build, _native
 from effkernels.ops._cases import all_cases
 
 FOLDER = pathlib.Path(__file__).parent
@@ -82,7 +82,7 @@ def install(
 
     Each call is made inside `around(arguments)`.
     """
-    loaded = ctypes.CDLL(str(library))
+    loaded = _native.launchers = ctypes.CDLL(str(library))
     registrations = torch.library.Library("effkernels", "IMPL")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for op in {case.op for case in all_cases() if "cuda" in case.op.overloads}:

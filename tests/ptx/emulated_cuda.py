@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from effkernels import _build
+from effkernels import _build, _native
 
 FOLDER = os.environ.get("EFFKERNELS_PTXRUN")
 if FOLDER:
@@ -112,9 +112,11 @@ def installed(execute: Any = run) -> Iterator[ctypes.CDLL]:
         if failures:
             raise failures.pop()
 
+    launchers = _native.launchers
     loaded, registrations = library.install(library.build("-O0"), around)
     loaded.cuda_on_cpu_set_launcher(launch)
     try:
         yield loaded
     finally:
         registrations._destroy()
+        _native.launchers = launchers

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effkernels import _native
+from effkernels.ops import _tiles
 from effkernels.ops._layout import empty_map
 from effkernels.ops._op import COMPOSITIONS, Flops, Op
 from effkernels.ops._precision import allow_tf32
@@ -93,7 +94,7 @@ def _launches_on_cuda(x: Tensor, *arguments: Any) -> Tensor:
 def _expands_inside(x: Tensor, depthwise: Tensor, window: Sequence[int]) -> bool:
     """Whether the expansion has no launch of its own, by the rule of the launcher, if it was built."""
     stride, top, left, out_h, out_w = window
-    if _native.introspection is None:
+    if _native.introspection is None or EXPAND_DWCONV.name in _tiles.asked_for:
         return True
     d = torch.empty((x.shape[0], depthwise.shape[0], out_h, out_w), device="meta").to(memory_format=torch.channels_last)
     maps = [(0, tuple(t.shape), t.stride()) for t in (x, d)]

@@ -1,0 +1,22 @@
+"""The CUDA kernels with other tiles than the heuristics', executed by ptxrun, against float64."""
+
+import emulated_cuda
+import pytest
+import tiles
+
+if reason := emulated_cuda.why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated():
+    with emulated_cuda.installed():
+        emulated_cuda.options.clear()
+        emulated_cuda.options.update(race=True, order="rand")
+        yield
+
+
+@pytest.mark.parametrize("case", tiles.CASES, ids=str)
+def test_every_tile(case):
+    for tile in tiles.launch_of(case).tiles:
+        tiles.check(case, tile)
