@@ -1,12 +1,15 @@
 """The GPU backends on a GPU: through the dispatcher, their launchers and streams."""
 
 import pytest
+import tiles
 import torch
 from hypothesis import given, settings
 from strategies import drawn_cases
 
 import effkernels
-from effkernels import _native, ops
+from effkernels import _build, _native, ops
+from effkernels.nn import tuning
+from effkernels.ops import _tiles
 from effkernels.ops._cases import Norm, cases_for
 from effkernels.ops.batch_norm.op import Reduce
 from effkernels.ops.dwconv.op import DWCONV, NO_NORM
@@ -89,3 +92,41 @@ def test_graph_capture_and_streams(on_gpu):
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("case", tiles.CASES, ids=str)
+def test_every_tile(case):
+    with _tiles.recorded() as launches:
+        case.check("cuda", "cuda")
+    for tile in launches[0].tiles:
+        tiles.check(case, tile, "cuda")
+
+
+@pytest.fixture
+def no_tiles(monkeypatch, tmp_path):
+    """None known to this process, or kept by another."""
+    monkeypatch.setattr(_build, "CACHE", tmp_path)
+    yield
+    for name in [*_tiles.asked_for]:
+        _tiles.ask(name, (), "")
+
+
+@needs_cuda
+def test_autotune(no_tiles, monkeypatch):
+    blocks = [effkernels.MBConv(16, 24, stride=2), effkernels.MBConv(24, 24, kernel_size=5), effkernels.MBConv(24, 24)]
+    model = torch.nn.Sequential(*blocks).cuda().half().eval()
+    x = torch.randn(8, 16, 56, 56, device="cuda").half().contiguous(memory_format=torch.channels_last)
+    with effkernels.use_backend("cuda"), torch.no_grad():
+        before = model(x)
+        found = effkernels.autotune(model, x)
+        assert {_tiles.op_of(problem) for problem in found} == {"expand_dwconv", "pointwise_inference"}
+        torch.testing.assert_close(model(x), before)
+        graph = effkernels.graph(model, x)
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+        for problem in found:
+            _tiles.ask(problem, (), "")
+        monkeypatch.setattr(tuning, "_times", lambda runs: pytest.fail("timed once more"))
+        assert effkernels.autotune(model, x) == found
+        with pytest.raises(RuntimeError, match="being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            effkernels.autotune(model, x)
