@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -81,21 +82,18 @@ struct TileLimits {
   int64_t shared;
 };
 
-// In channels_last, up to a map's channels.
-inline std::vector<int> channel_groups(int64_t channels, Dtype dtype) {
-  const int limit = int(std::min<int64_t>(round_up(channels, kVectorBytes / size_of(dtype)), 96));
-  std::vector<int> groups;
-  for (int group : {8, 16, 24, 32, 40, 48, 56, 64, 80, 96})
-    if (group <= limit) groups.push_back(group);
-  if (groups.empty()) groups.push_back(limit);
-  return groups;
+inline std::vector<int> up_to(int64_t limit, std::initializer_list<int> values) {
+  std::vector<int> found;
+  found.reserve(values.size());
+  for (int value : values)
+    if (value <= limit) found.push_back(value);
+  return found;
 }
 
-// In NCHW.
-inline std::vector<int> plane_groups(int64_t planes, int most) {
-  std::vector<int> groups;
-  for (int group = 1; group <= std::min<int64_t>(planes, most); group *= 2) groups.push_back(group);
-  return groups;
+// In channels_last.
+inline std::vector<int> channel_groups(int64_t channels, Dtype dtype) {
+  const int64_t limit = round_up(channels, kVectorBytes / size_of(dtype));
+  return limit < 8 ? std::vector<int>{int(limit)} : up_to(limit, {8, 16, 24, 32, 40, 48, 56, 64, 80, 96});
 }
 
 // Gives f the tiles make(group, strips, width) within the limits, of each group and strips the widest few.
@@ -131,7 +129,8 @@ auto accepted_within(const TileLimits& limits, const std::string& problem, const
     return text;
   };
   const auto refuse = [&](const std::string& found) {
-    const std::string multiple = limits.multiple > 1 ? "a multiple of " + std::to_string(limits.multiple) + " and " : "";
+    const int step = limits.multiple;
+    const std::string multiple = step > 1 ? "a multiple of " + std::to_string(step) + " and " : "";
     throw std::invalid_argument(
         problem + ": tile must have a group of " + listed(limits.groups) + ", strips of " + listed(limits.strips) +
         " and a width of 1 or more, with group / " + std::to_string(limits.lanes) + " * strips * width " + multiple +

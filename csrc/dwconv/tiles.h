@@ -22,11 +22,10 @@ inline double cost(const Tile& t) {
 inline TileShape shape_of(const Tile& t) { return {t.group, t.strips, t.tile_w}; }
 
 inline TileLimits limits_of(const Problem& q) {
-  constexpr int kMostPlanes = 128;
   TileLimits limits{};
-  limits.groups = q.channels_last ? channel_groups(q.x.c, q.dtype) : plane_groups(q.x.n * q.x.c, kMostPlanes);
-  for (int strips : {1, 2, 4})
-    if (strips <= ceil_div(q.y.h, kRows)) limits.strips.push_back(strips);
+  limits.groups =
+      q.channels_last ? channel_groups(q.x.c, q.dtype) : up_to(q.x.n * q.x.c, {1, 2, 4, 8, 16, 32, 64, 128});
+  limits.strips = up_to(ceil_div(q.y.h, kRows), {1, 2, 4});
   limits.width = q.y.w;
   limits.lanes = q.channels_last ? lanes(q.kernel_size) : 1;
   limits.threads = kMaxThreads;

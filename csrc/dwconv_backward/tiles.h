@@ -36,16 +36,12 @@ inline double cost(const Problem& q, const Tile& t) {
 inline TileShape shape_of(const Tile& t) { return {t.group, t.strips, t.tile_w}; }
 
 inline TileLimits limits_of(const Problem& q) {
-  constexpr int kMostPlanes = 64, kMaxStrips = 8;
   TileLimits limits{};
-  if (q.expands) {
-    for (int group : {16, 32, 48, 64})
-      if (group <= round_up(q.x.c, kUnitChannels)) limits.groups.push_back(group);
-  } else {
-    limits.groups = q.channels_last ? channel_groups(q.x.c, q.dtype) : plane_groups(q.x.c, kMostPlanes);
-  }
-  const int64_t columns = ceil_div(steps_of(q.x.h, q.pad_top, q.stride), steps(q.stride));
-  for (int strips = 1; strips <= std::min<int64_t>(kMaxStrips, columns); ++strips) limits.strips.push_back(strips);
+  if (q.expands)
+    limits.groups = up_to(round_up(q.x.c, kUnitChannels), {16, 32, 48, 64});
+  else
+    limits.groups = q.channels_last ? channel_groups(q.x.c, q.dtype) : up_to(q.x.c, {1, 2, 4, 8, 16, 32, 64});
+  limits.strips = up_to(ceil_div(steps_of(q.x.h, q.pad_top, q.stride), steps(q.stride)), {1, 2, 3, 4, 5, 6, 7, 8});
   limits.width = steps_of(q.x.w, q.pad_left, q.stride);
   limits.lanes = q.channels_last ? lanes(q.kernel_size) : 1;
   limits.threads = kMaxThreads;

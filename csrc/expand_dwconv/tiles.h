@@ -53,10 +53,8 @@ inline TileShape shape_of(const Tile& t) { return {t.group, t.strips, t.tile_w};
 
 inline TileLimits limits_of(const Problem& q) {
   TileLimits limits{};
-  for (int group : {16, 32, 48, 64})
-    if (group <= round_up(q.d.c, kUnitChannels)) limits.groups.push_back(group);
-  for (int strips : {1, 2, 3, 4})
-    if (strips <= ceil_div(q.d.h, kRows)) limits.strips.push_back(strips);
+  limits.groups = up_to(round_up(q.d.c, kUnitChannels), {16, 32, 48, 64});
+  limits.strips = up_to(ceil_div(q.d.h, kRows), {1, 2, 3, 4});
   limits.width = q.d.w;
   limits.lanes = lanes(q.kernel_size);
   limits.threads = kThreads;

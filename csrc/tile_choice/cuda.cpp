@@ -13,7 +13,7 @@ namespace {
 std::mutex mutex;  // guards what follows
 std::map<std::string, TileShape> asked_for;  // by problem, or of all problems of an op by its name
 bool recording = false;
-std::string recorded;
+std::string recorded, told;
 
 // Read without the mutex: launches should not pay for what is hardly ever used.
 std::atomic<bool> in_use{false};
@@ -59,16 +59,15 @@ EFFK_EXPORT void effkernels_ask_for_tile(const char* name, const int* numbers, i
   in_use.store(recording || !asked_for.empty(), std::memory_order_release);
 }
 
-// Begins or ends to record. Returns what was recorded, a JSON list of [problem, tile, all tiles, the cheapest first],
-// which lasts until the thread's next call.
+// Begins or ends to record. Returns what was recorded, a JSON list of [problem, tile, all tiles, the cheapest first]: it
+// lasts until the next call, as one thread at a time records.
 EFFK_EXPORT const char* effkernels_record_launches(bool record) {
-  thread_local std::string taken;
   const std::lock_guard<std::mutex> lock(mutex);
-  taken = "[" + recorded + "]";
+  told = "[" + recorded + "]";
   recorded.clear();
   recording = record;
   in_use.store(recording || !asked_for.empty(), std::memory_order_release);
-  return taken.c_str();
+  return told.c_str();
 }
 
 }  // namespace effk
