@@ -20,3 +20,17 @@ def emulated():
 def test_every_tile(case):
     for tile in tiles.launch_of(case).tiles:
         tiles.check(case, tile)
+
+
+@pytest.mark.parametrize("case", tiles.CASES[:-1], ids=str)
+def test_tiles_of_any_width(case):
+    """Also those that the search does not consider are either refused or right."""
+    group, strips, _ = tiles.launch_of(case).tiles[0]
+    right = 0
+    for width in (1, 2, 3, 5, 8, 16, 31, 64):
+        try:
+            tiles.check(case, (group, strips, width))
+            right += 1
+        except ValueError as refused:
+            assert "tile must have" in str(refused)
+    assert right > 1
