@@ -48,7 +48,8 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AVX512_BF16 = [*AVX2, *AVX512, "-mavx512bf16"]
+AMX = ["-mamx-tile", "-mamx-bf16"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
 # One per generation, which runs on all chips of that generation; the last known to nvcc as PTX too, for those to come.
 CUDA_ARCHES = ["7.5", "8.0", "9.0", "10.0", "12.0"]
@@ -84,13 +85,13 @@ FAILED = "does not compile"
 def isas(kernel: pathlib.Path | None = None) -> dict[str, list[str]]:
     """The instruction sets that CPU kernels are compiled for, and the compiler flags of each.
 
-    One `kernel` is compiled for that of matrices only if it has products.
+    One `kernel` is compiled for those that add products of bfloat16 only if it has products.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"baseline": []}
-    sets = {"baseline": [], "avx2": AVX2, "avx512": AVX2 + AVX512, "amx": AVX2 + AVX512 + AMX}
-    if kernel and 'matmul.h"' not in kernel.read_text():
-        del sets["amx"]
+    sets = {"baseline": [], "avx2": AVX2, "avx512": AVX2 + AVX512}
+    if kernel is None or 'matmul.h"' in kernel.read_text():
+        sets |= {"avx512_bf16": AVX512_BF16, "amx": AVX512_BF16 + AMX}
     return sets
 
 

@@ -77,8 +77,16 @@ struct Ahead {
   int64_t size;
 };
 
+// A step of the depth: what is broadcast of a row, and its products with a vector of columns.
+template <class Element>
+struct MultiplyAdd {
+  using C = Element;
+  static EFFK_INLINE Vec<C> left(const C* at) { return broadcast(*at); }
+  static EFFK_INLINE Vec<C> add(Vec<C> sum, Vec<C> a, Vec<C> b) { return sum + a * b; }
+};
+
 // Fetches a line of `ahead` per step of the depth.
-template <class C, int R, int V, bool kAdd>
+template <class Step, int R, int V, bool kAdd, class C = typename Step::C>
 void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_t out_vector, const C* ahead) {
   // Of every third row, so that with strides known only at run time no address spills.
   constexpr int kBases = (R + 2) / 3;
@@ -102,9 +110,9 @@ void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_
       ahead += kLanes<C>;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vec<C> value = in_register(broadcast(base[r / 3][r % 3 * stride]));
+        const Vec<C> value = in_register(Step::left(base[r / 3] + r % 3 * stride));
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] += value * b[v];
+        for (int v = 0; v < V; ++v) acc[r][v] = Step::add(acc[r][v], value, b[v]);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kBases; ++i) base[i] += step;
@@ -122,26 +130,66 @@ void multiply_tile(const Rows<C>& a, const C* w, C* out, int64_t out_row, int64_
 template <class C>
 using MultiplyTile = void (*)(const Rows<C>&, const C*, C*, int64_t, int64_t, const C*);
 
-template <class C, bool kAdd, int V, int... R>
-inline MultiplyTile<C> multiply_tile_of(int rows, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyTile<C> tiles[] = {&multiply_tile<C, R + 1, V, kAdd>...};
+template <class Step, bool kAdd, int V, int... R>
+inline MultiplyTile<typename Step::C> multiply_tile_of(int rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<typename Step::C> tiles[] = {&multiply_tile<Step, R + 1, V, kAdd>...};
   return tiles[rows - 1];
 }
 
-template <class C, bool kAdd>
-inline MultiplyTile<C> multiply_tile_for(int rows, int vectors) {
+template <class Step, bool kAdd>
+inline MultiplyTile<typename Step::C> multiply_tile_for(int rows, int vectors) {
   constexpr auto sizes = std::make_integer_sequence<int, kTileRows>{};
   static_assert(kPanelVectors <= 3);
-  return vectors == 1   ? multiply_tile_of<C, kAdd, 1>(rows, sizes)
-         : vectors == 2 ? multiply_tile_of<C, kAdd, 2>(rows, sizes)
-                        : multiply_tile_of<C, kAdd, kPanelVectors>(rows, sizes);
+  return vectors == 1   ? multiply_tile_of<Step, kAdd, 1>(rows, sizes)
+         : vectors == 2 ? multiply_tile_of<Step, kAdd, 2>(rows, sizes)
+                        : multiply_tile_of<Step, kAdd, kPanelVectors>(rows, sizes);
 }
+
+// Products in tiles of registers.
+template <class Step>
+class TiledProduct {
+ public:
+  using C = typename Step::C;
+
+  // For products of about `count` rows.
+  explicit TiledProduct(int64_t) {}
+
+  // out[r][v] = the product of row r and vector v of a packed panel; strides in elements. `count` rows. Meanwhile `next`
+  // is fetched, the panel after this one if nothing else is given.
+  void store(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
+             Ahead<C> next = {}) const {
+    run<false>(a, count, panel, vectors, out, out_row, out_vector, next);
+  }
+  // out[r][v] += that.
+  void add(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row,
+           int64_t out_vector) const {
+    run<true>(a, count, panel, vectors, out, out_row, out_vector, {});
+  }
+
+ private:
+  template <bool kAdd>
+  static void run(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
+                  Ahead<C> next) {
+    // Tiles as even as can be: nine rows as 5 and 4, since one row alone would wait for each of its products.
+    const int64_t tiles = ceil_div(count, kTileRows);
+    const C* data = a.data;
+    const int64_t size = a.depth * vectors * kLanes<C>, step = a.depth * kLanes<C>;
+    if (!next.data) next = {panel + size, size};
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = i * count / tiles, rows = (i + 1) * count / tiles - row;
+      a.data = data + row * a.stride;
+      multiply_tile_for<Step, kAdd>(static_cast<int>(rows), vectors)(
+          a, panel, out + row * out_row, out_row, out_vector, i * step < next.size ? next.data + i * step : panel);
+    }
+  }
+};
 
 // Operands as they are: rows where they lie, a panel of a weight as [depth][vectors][lanes].
 template <class T>
-class PlainProduct {
+class PlainProduct : public TiledProduct<MultiplyAdd<compute_t<T>>> {
  public:
   using C = compute_t<T>;
+  using TiledProduct<MultiplyAdd<C>>::TiledProduct;
   static constexpr bool kOwnOperands = false;
   static constexpr int64_t kSlack = 0;
 
@@ -168,56 +216,35 @@ class PlainProduct {
 
   // A panel [depth][vectors][lanes] as the right operand.
   static const C* right(const C* panel, int64_t, int, C*) { return panel; }
-
-  // For products of about `count` rows.
-  explicit PlainProduct(int64_t) {}
-
-  // out[r][v] = the product of row r and vector v of a packed panel; strides in elements. `count` rows. Meanwhile `next`
-  // is fetched, the panel after this one if nothing else is given.
-  void store(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
-             Ahead<C> next = {}) const {
-    run<false>(a, count, panel, vectors, out, out_row, out_vector, next);
-  }
-  // out[r][v] += that.
-  void add(const Rows<C>& a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row,
-           int64_t out_vector) const {
-    run<true>(a, count, panel, vectors, out, out_row, out_vector, {});
-  }
-
- private:
-  template <bool kAdd>
-  static void run(Rows<C> a, int64_t count, const C* panel, int vectors, C* out, int64_t out_row, int64_t out_vector,
-                  Ahead<C> next) {
-    // Tiles as even as can be: nine rows as 5 and 4, since one row alone would wait for each of its products.
-    const int64_t tiles = ceil_div(count, kTileRows);
-    const C* data = a.data;
-    const int64_t size = a.depth * vectors * kLanes<C>, step = a.depth * kLanes<C>;
-    if (!next.data) next = {panel + size, size};
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = i * count / tiles, rows = (i + 1) * count / tiles - row;
-      a.data = data + row * a.stride;
-      multiply_tile_for<C, kAdd>(static_cast<int>(rows), vectors)(
-          a, panel, out + row * out_row, out_row, out_vector, i * step < next.size ? next.data + i * step : panel);
-    }
-  }
 };
 
 }  // namespace
 }  // namespace effk
 
-#if defined(__AMX_BF16__)
-#include "matmul_amx.h"
+#if defined(__AVX512BF16__)
+#include "matmul_bf16.h"
 #endif
 
 namespace effk {
 namespace {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 template <class T>
 using Product = std::conditional_t<std::is_same_v<T, BFloat16>, Bfloat16Product, PlainProduct<T>>;
+
+// f(T{}) for the storage type of a product, which is bfloat16: for others this instruction set has nothing to add.
+template <class F>
+void with_product_storage(Dtype, F f) {
+  f(BFloat16{});
+}
 #else
 template <class T>
 using Product = PlainProduct<T>;
+
+template <class F>
+void with_product_storage(Dtype dtype, F f) {
+  with_storage(dtype, f);
+}
 #endif
 
 template <class P>

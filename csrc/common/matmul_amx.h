@@ -1,49 +1,14 @@
-// Products of bfloat16 on the matrix unit of x86 processors (AMX), which adds up in float. Only inside matmul.h.
-//
-// Operands are bfloat16, 32 values of the depth at a time, zero past its end. A row of the left one is as it would be in
-// memory; a panel of the right one is [block of 32][vector][16 pairs along the depth][16 columns], as the unit takes it.
-// Sizes are in words of two values.
+// Products of bfloat16 on the matrix unit of x86 processors (AMX), in blocks of the depth of 32: a panel is as the unit
+// takes it. Only inside matmul_bf16.h.
 #pragma once
 
 namespace effk {
 namespace {
 
-class Bfloat16Product {
+class AmxProduct : public Bfloat16Operands<32, 16> {
  public:
-  using C = float;
-  static constexpr bool kOwnOperands = true;
-  static constexpr int64_t kSlack = 16;  // rows that may be read past the last one of a left operand
-
-  static int64_t padded(int64_t depth) { return ceil_div(depth, kBlock) * kBlock; }
-  static int64_t row(int64_t depth) { return padded(depth) / 2; }
-  static int64_t column_vector(int64_t depth) { return padded(depth) / 2 * kLine; }
-  static int64_t left_size(int64_t count, int64_t depth, bool = false) { return (count + kSlack) * row(depth); }
-  static int64_t right_size(int64_t depth) { return kPanelVectors * column_vector(depth); }
-
-  static Rows<C> left(const Rows<C>& rows, int64_t count, const C* gate, C* buffer) {
-    if (rows.k_stride == 1)
-      round_rows(rows, count, gate, buffer);
-    else
-      round_columns(rows, count, buffer);
-    return {buffer, row(rows.depth), 1, row(rows.depth)};
-  }
-
-  static const C* right(const C* panel, int64_t depth, int vectors, C* out) {
-    C* to = out;
-    for (int64_t k = 0; k < depth; k += kBlock, to += vectors * kTile)
-      for (int64_t i = 0; i < kLine; ++i)
-        for (int v = 0; v < vectors; ++v) {
-          auto value = [&](int64_t at) EFFK_INLINE {
-            const VecF z = at < depth ? load(panel + (at * vectors + v) * kLine) : VecF{};
-            return __builtin_convertvector(bit_cast<VecU16>(_mm512_cvtneps_pbh(z)), VecU);
-          };
-          effk::store(to + v * kTile + i * kLine, bit_cast<VecF>(value(k + 2 * i) | value(k + 2 * i + 1) << 16));
-        }
-    return out;
-  }
-
   // Configures the thread's tiles, as whoever uses them does.
-  explicit Bfloat16Product(int64_t) {
+  explicit AmxProduct(int64_t) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -62,43 +27,7 @@ class Bfloat16Product {
   }
 
  private:
-  static constexpr int64_t kBlock = 32, kTileSize = 16, kLine = kLanes<C>, kTile = kTileSize * kLine;
-
-  static EFFK_INLINE void store_pair(C* out, VecF low, VecF high) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    __builtin_memcpy(out, &both, sizeof(both));
-  }
-
-  static void round_rows(const Rows<C>& rows, int64_t count, const C* gate, C* out) {
-    constexpr int64_t kRows = 8;  // at a time, in about the order of memory
-    const int64_t stride = row(rows.depth);
-    for (int64_t begin = 0; begin < count; begin += kRows)
-      for (int64_t k = 0; k < rows.depth; k += kBlock) {
-        const int low = static_cast<int>(min64(rows.depth - k, kLine));
-        const int high = static_cast<int>(max64(min64(rows.depth - k - kLine, kLine), 0));
-        const C *from = rows.at(begin, k), *from_high = high ? rows.at(begin, k + kLine) : from;
-        const VecF g = gate ? load_n(gate + k, low) : broadcast(1.0f);
-        const VecF g_high = gate && high ? load_n(gate + k + kLine, high) : broadcast(1.0f);
-        for (int64_t r = 0; r < min64(count - begin, kRows); ++r)
-          store_pair(out + (begin + r) * stride + k / 2, load_n(from + r * rows.stride, low) * g,
-                     high ? VecF(load_n(from_high + r * rows.stride, high) * g_high) : VecF{});
-      }
-  }
-
-  // Of rows that lie side by side in memory, whose elements are k_stride apart.
-  static void round_columns(const Rows<C>& rows, int64_t count, C* out) {
-    const int64_t stride = row(rows.depth);
-    for (int64_t k = 0; k < rows.depth; k += kBlock)
-      for (int64_t begin = 0; begin < count; begin += kLine) {
-        const int here = static_cast<int>(min64(count - begin, kLine));
-        VecF block[2][kLine] = {};
-        for (int64_t i = 0; i < min64(rows.depth - k, kBlock); ++i)
-          block[i / kLine][i % kLine] = load_n(rows.at(begin, k + i), here);
-        transpose<C>(block[0]);
-        transpose<C>(block[1]);
-        for (int i = 0; i < here; ++i) store_pair(out + (begin + i) * stride + k / 2, block[0][i], block[1][i]);
-      }
-  }
+  static constexpr int64_t kTileSize = 16;
 
   // The instructions, with tiles as constants; strides are of their rows.
   template <int Tile>

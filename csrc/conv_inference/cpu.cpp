@@ -22,8 +22,8 @@ void pack(const ConvParams& p, const Tensor& weight, const Optional& mean, const
           const Optional& beta, double eps, void* packed) {
   const ConvWeight w{weight.const_data_ptr(), weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   const FoldedNorm norm(mean, var, gamma, beta, eps, kIdentity, p.dtype, p.out_c);
-  const auto pack = EFFK_CPU_FUNCTION(conv_pack);
-  pack_in_units(EFFK_CPU_FUNCTION(conv_pack_units)(p), EFFK_CPU_FUNCTION(conv_packed_size)(p),
+  const auto pack = EFFK_PRODUCT_FUNCTION(conv_pack, p.dtype);
+  pack_in_units(EFFK_PRODUCT_FUNCTION(conv_pack_units, p.dtype)(p), EFFK_PRODUCT_FUNCTION(conv_packed_size, p.dtype)(p),
                 [&](int64_t first, int64_t last) { pack(p, w, norm.affine(), packed, first, last); });
 }
 
@@ -53,8 +53,8 @@ Tensor run(ConvParams p, const void* packed, const Tensor& x, const Optional& sh
   p.channels_last = is_channels_last(x);
   const Tensor y = empty_map(x, {n, p.out_c, out_h, out_w}, p.channels_last);
   p.y = y.mutable_data_ptr();
-  EFFK_CPU_FUNCTION(conv_plan)(p, torch::stable::get_num_threads());
-  const auto kernel = EFFK_CPU_FUNCTION(conv_run);
+  EFFK_PRODUCT_FUNCTION(conv_plan, p.dtype)(p, torch::stable::get_num_threads());
+  const auto kernel = EFFK_PRODUCT_FUNCTION(conv_run, p.dtype);
   torch::stable::parallel_for(0, p.units, 1, [&](int64_t begin, int64_t end) {
     kernel(p, begin, end, scratch<1>(p.scratch_size * compute_size(p.dtype)));
   });
@@ -65,7 +65,7 @@ Tensor conv_inference(const Tensor& x, const Tensor& weight, Optional mean, Opti
                       double eps, Optional shortcut, int64_t act, int64_t stride, int64_t pad_top, int64_t pad_left,
                       int64_t out_h, int64_t out_w) {
   const ConvParams p = params_of(weight, stride);
-  void* packed = scratch<0>(EFFK_CPU_FUNCTION(conv_packed_size)(p) * compute_size(p.dtype));
+  void* packed = scratch<0>(EFFK_PRODUCT_FUNCTION(conv_packed_size, p.dtype)(p) * compute_size(p.dtype));
   pack(p, weight, mean, var, gamma, beta, eps, packed);
   return run(p, packed, x, shortcut, act, pad_top, pad_left, out_h, out_w);
 }
@@ -73,7 +73,7 @@ Tensor conv_inference(const Tensor& x, const Tensor& weight, Optional mean, Opti
 Tensor conv_pack(const Tensor& weight, Optional mean, Optional var, Optional gamma, Optional beta, double eps,
                  int64_t stride) {
   const ConvParams p = params_of(weight, stride);
-  const Tensor packed = empty_vector(weight, EFFK_CPU_FUNCTION(conv_packed_size)(p), statistics_dtype(weight));
+  const Tensor packed = empty_vector(weight, EFFK_PRODUCT_FUNCTION(conv_packed_size, p.dtype)(p), statistics_dtype(weight));
   pack(p, weight, mean, var, gamma, beta, eps, packed.mutable_data_ptr());
   return packed;
 }
@@ -82,7 +82,7 @@ Tensor conv_packed(const Tensor& x, const Tensor& packed, int64_t out_channels, 
                    Optional shortcut, int64_t act, int64_t stride, int64_t pad_top, int64_t pad_left, int64_t out_h,
                    int64_t out_w) {
   const ConvParams p = conv_params(dtype_of(x), out_channels, x.size(1), kernel_h, kernel_w, stride);
-  require(packed.scalar_type() == statistics_dtype(x) && has_shape(packed, {EFFK_CPU_FUNCTION(conv_packed_size)(p)}),
+  require(packed.scalar_type() == statistics_dtype(x) && has_shape(packed, {EFFK_PRODUCT_FUNCTION(conv_packed_size, p.dtype)(p)}),
           "effkernels::conv_packed: packed must come from conv_pack on this CPU, with a weight of the dtype of x and the stride");
   return run(p, packed.const_data_ptr(), x, shortcut, act, pad_top, pad_left, out_h, out_w);
 }

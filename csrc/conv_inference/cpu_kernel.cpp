@@ -15,7 +15,7 @@ constexpr int64_t kBlockPixels = 64;   // whose products stay in the first-level
 // one, since the other's operands would be padding for the most part.
 template <class F>
 void with_product(const ConvParams& p, F f) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     if (p.x.c < 16)
       f(storage, static_cast<PlainProduct<T>*>(nullptr));
@@ -349,7 +349,7 @@ int64_t conv_packed_size(const ConvParams& p) {
 // Panels.
 int64_t conv_pack_units(const ConvParams& p) {
   int64_t units = 0;
-  with_storage(p.dtype, [&](auto storage) { units = Panels<compute_t<decltype(storage)>>(p.out_c).count; });
+  with_product_storage(p.dtype, [&](auto storage) { units = Panels<compute_t<decltype(storage)>>(p.out_c).count; });
   return units;
 }
 

@@ -43,13 +43,13 @@ std::tuple<Tensor, Tensor> convolve(
   p.out_w = out_w;
   p.reduce = reduce_of(reduce);
 
-  EFFK_CPU_FUNCTION(dwconv_plan)(p);
+  EFFK_PRODUCT_FUNCTION(dwconv_plan, p.dtype)(p);
   const size_t element = compute_size(dtype);
   p.packed = scratch<0>(p.packed_size * element);
   std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : n * p.bands * 2 * c);
   p.partials = partials.data();
-  EFFK_CPU_FUNCTION(dwconv_pack)(p);
-  const auto run = EFFK_CPU_FUNCTION(dwconv_run);
+  EFFK_PRODUCT_FUNCTION(dwconv_pack, p.dtype)(p);
+  const auto run = EFFK_PRODUCT_FUNCTION(dwconv_run, p.dtype);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size * element));
   });

@@ -375,15 +375,15 @@ void run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scr
 namespace EFFK_ISA {
 
 void dwconv_plan(DwconvParams& p) {
-  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p); });
 }
 
 void dwconv_pack(const DwconvParams& p) {
-  with_storage(p.dtype, [&](auto storage) { pack<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { pack<decltype(storage)>(p); });
 }
 
 void dwconv_run(const DwconvParams& p, int64_t first_unit, int64_t last_unit, void* scratch) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     const bool one = p.stride == 1;
     switch (p.kernel_size) {

@@ -65,14 +65,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   p.before = before.vectors();
   p.need_weight = need.weight;
 
-  EFFK_CPU_FUNCTION(dwconv_backward_plan)(p);
+  EFFK_PRODUCT_FUNCTION(dwconv_backward_plan, p.dtype)(p);
   p.packed = scratch<0>(p.packed_size);
   p.products = scratch<2>(p.products_size);
   const int64_t parts = map.n * p.bands;
   if (need.sums) p.sums = scratch<3>(parts * 2 * p.padded * compute_size(dtype));
   if (need.expand) p.expand_products = scratch<4>(p.expand_products_size);
-  EFFK_CPU_FUNCTION(dwconv_backward_pack)(p);
-  const auto run = EFFK_CPU_FUNCTION(dwconv_backward_run);
+  EFFK_PRODUCT_FUNCTION(dwconv_backward_pack, p.dtype)(p);
+  const auto run = EFFK_PRODUCT_FUNCTION(dwconv_backward_run, p.dtype);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });

@@ -328,15 +328,15 @@ void pack(const DwconvBackwardParams& p) {
 namespace EFFK_ISA {
 
 void dwconv_backward_plan(DwconvBackwardParams& p) {
-  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p); });
 }
 
 void dwconv_backward_pack(const DwconvBackwardParams& p) {
-  with_storage(p.dtype, [&](auto storage) { pack<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { pack<decltype(storage)>(p); });
 }
 
 void dwconv_backward_run(const DwconvBackwardParams& p, int64_t first, int64_t last, void* scratch) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     for (int64_t i = first; i < last; ++i) run<decltype(storage)>(p, i, scratch);
   });
 }

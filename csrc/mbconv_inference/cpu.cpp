@@ -63,10 +63,10 @@ class Block {
     weights_.project_norm = fold(mean3, var3, gamma3, beta3, eps3, dtype, out_c);
   }
 
-  int64_t packed_size() const { return EFFK_CPU_FUNCTION(mbconv_packed_size)(params); }
+  int64_t packed_size() const { return EFFK_PRODUCT_FUNCTION(mbconv_packed_size, params.dtype)(params); }
   void pack(void* packed) const {
-    const auto pack = EFFK_CPU_FUNCTION(mbconv_pack);
-    pack_in_units(EFFK_CPU_FUNCTION(mbconv_pack_units)(params), packed_size(),
+    const auto pack = EFFK_PRODUCT_FUNCTION(mbconv_pack, params.dtype);
+    pack_in_units(EFFK_PRODUCT_FUNCTION(mbconv_pack_units, params.dtype)(params), packed_size(),
                   [&](int64_t first, int64_t last) { pack(params, weights_, packed, first, last); });
   }
 
@@ -112,10 +112,10 @@ Tensor run(MbconvParams p, const void* packed, const Tensor& x, int64_t stride, 
   // Whole images need no barrier, and each thread finds in its cache what it wrote. A few that do not divide are shared.
   const int64_t threads = torch::stable::get_num_threads();
   const bool whole = n % threads == 0 || n >= 8 * threads;
-  EFFK_CPU_FUNCTION(mbconv_plan)(p, whole ? 1 : threads);
+  EFFK_PRODUCT_FUNCTION(mbconv_plan, p.dtype)(p, whole ? 1 : threads);
   const size_t element = compute_size(p.dtype);
-  const auto units = EFFK_CPU_FUNCTION(mbconv_units);
-  const auto kernel = EFFK_CPU_FUNCTION(mbconv_run);
+  const auto units = EFFK_PRODUCT_FUNCTION(mbconv_units, p.dtype);
+  const auto kernel = EFFK_PRODUCT_FUNCTION(mbconv_run, p.dtype);
   void* shared = whole ? nullptr : scratch<2>(n * p.image_size * element);
   auto phase = [&](MbconvPhase phase) {
     torch::stable::parallel_for(0, units(p, phase), 1, [&](int64_t begin, int64_t end) {
@@ -153,7 +153,7 @@ Tensor mbconv_packed(const Tensor& x, const Tensor& packed, int64_t hidden, int6
   const MbconvParams params = block_params(dtype_of(x), x.size(1), hidden, out_c, has_expand, kernel_size, act1, act2,
                                            squeezed, squeeze_act, gate);
   require(packed.scalar_type() == statistics_dtype(x) &&
-              has_shape(packed, {EFFK_CPU_FUNCTION(mbconv_packed_size)(params)}),
+              has_shape(packed, {EFFK_PRODUCT_FUNCTION(mbconv_packed_size, params.dtype)(params)}),
           "effkernels::mbconv_packed: packed must come from mbconv_pack on this CPU, with weights of the dtype of x");
   return run(params, packed.const_data_ptr(), x, stride, pad_top, pad_left, out_h, out_w, residual);
 }

@@ -328,22 +328,22 @@ namespace EFFK_ISA {
 
 int64_t mbconv_packed_size(const MbconvParams& p) {
   int64_t size = 0;
-  with_storage(p.dtype, [&](auto storage) { size = Packed<decltype(storage)>(p).size; });
+  with_product_storage(p.dtype, [&](auto storage) { size = Packed<decltype(storage)>(p).size; });
   return size;
 }
 
 void mbconv_plan(MbconvParams& p, int64_t threads) {
-  with_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p, threads); });
+  with_product_storage(p.dtype, [&](auto storage) { plan<decltype(storage)>(p, threads); });
 }
 
 int64_t mbconv_pack_units(const MbconvParams& p) {
   int64_t units = 0;
-  with_storage(p.dtype, [&](auto storage) { units = pack_units<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { units = pack_units<decltype(storage)>(p); });
   return units;
 }
 
 void mbconv_pack(const MbconvParams& p, const MbconvWeights& weights, void* packed, int64_t first, int64_t last) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     pack<T>(p, weights, static_cast<compute_t<T>*>(packed), first, last);
   });
@@ -351,7 +351,7 @@ void mbconv_pack(const MbconvParams& p, const MbconvWeights& weights, void* pack
 
 int64_t mbconv_units(const MbconvParams& p, MbconvPhase phase) {
   int64_t units = p.x.n;
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     if (phase == MbconvPhase::kStage) units *= needs_staging<T>(p) ? stage_units(p) : 0;
     if (phase == MbconvPhase::kGate) units *= p.squeezed > 0;
@@ -362,7 +362,7 @@ int64_t mbconv_units(const MbconvParams& p, MbconvPhase phase) {
 }
 
 void mbconv_run(const MbconvParams& p, MbconvPhase phase, int64_t first, int64_t last, void* images, void* scratch) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     using C = compute_t<T>;
     run<T>(p, phase, first, last, static_cast<C*>(images), static_cast<C*>(scratch));

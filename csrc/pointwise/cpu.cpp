@@ -36,12 +36,12 @@ std::tuple<Tensor, Tensor> pointwise(const Tensor& x, const Tensor& weight, std:
   p.bias = data_of(biases);
   p.reduce = reduce_of(reduce);
 
-  EFFK_CPU_FUNCTION(pointwise_plan)(p);
+  EFFK_PRODUCT_FUNCTION(pointwise_plan, p.dtype)(p);
   p.packed = scratch<0>(p.packed_size);
   std::vector<double> partials(p.reduce == Reduce::kNone ? 0 : map.n * p.bands * 2 * outputs);
   p.partials = partials.data();
-  pack_shared(EFFK_CPU_FUNCTION(pointwise_pack), p, map.c, outputs);
-  const auto run = EFFK_CPU_FUNCTION(pointwise_run);
+  pack_shared(EFFK_PRODUCT_FUNCTION(pointwise_pack, p.dtype), p, map.c, outputs);
+  const auto run = EFFK_PRODUCT_FUNCTION(pointwise_run, p.dtype);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });
@@ -91,13 +91,13 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
   p.gate = data_of(gates);
   p.need_weight = need_weight;
 
-  EFFK_CPU_FUNCTION(pointwise_backward_plan)(p);
+  EFFK_PRODUCT_FUNCTION(pointwise_backward_plan, p.dtype)(p);
   const size_t sums_size = map.n * p.image_tiles * 3 * map.c * compute_size(dtype);
   p.packed = scratch<0>(p.packed_size);
   if (need_sums) p.sums = scratch<2>(sums_size);
   p.products = scratch<3>(p.products_size);
-  if (need_input) pack_shared(EFFK_CPU_FUNCTION(pointwise_backward_pack), p, outputs, map.c);
-  const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
+  if (need_input) pack_shared(EFFK_PRODUCT_FUNCTION(pointwise_backward_pack, p.dtype), p, outputs, map.c);
+  const auto run = EFFK_PRODUCT_FUNCTION(pointwise_backward_run, p.dtype);
   for_units(p.units, [&](int64_t begin, int64_t end) {
     run(p, begin, end, scratch<1>(p.scratch_size));
   });

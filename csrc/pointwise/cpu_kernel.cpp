@@ -318,11 +318,11 @@ void pack_backward(const PointwiseBackwardParams& p, int64_t first, int64_t coun
 namespace EFFK_ISA {
 
 void pointwise_plan(PointwiseParams& p) {
-  with_storage(p.dtype, [&](auto storage) { plan_forward<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { plan_forward<decltype(storage)>(p); });
 }
 
 void pointwise_pack(const PointwiseParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     const int64_t depth = p.x.c, first = begin * kPackDepth, count = min64(end * kPackDepth, depth) - first;
     pack_weight<Product<T>>(static_cast<const T*>(p.weight) + first, depth, 1, p.y.c, depth, first, count,
@@ -331,24 +331,24 @@ void pointwise_pack(const PointwiseParams& p, int64_t begin, int64_t end) {
 }
 
 void pointwise_run(const PointwiseParams& p, int64_t first, int64_t last, void* scratch) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     for (int64_t i = first; i < last; ++i) run_forward<decltype(storage)>(p, i, scratch);
   });
 }
 
 void pointwise_backward_plan(PointwiseBackwardParams& p) {
-  with_storage(p.dtype, [&](auto storage) { plan_backward<decltype(storage)>(p); });
+  with_product_storage(p.dtype, [&](auto storage) { plan_backward<decltype(storage)>(p); });
 }
 
 void pointwise_backward_pack(const PointwiseBackwardParams& p, int64_t begin, int64_t end) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     const int64_t first = begin * kPackDepth;
     pack_backward<decltype(storage)>(p, first, min64(end * kPackDepth, p.y.c) - first);
   });
 }
 
 void pointwise_backward_run(const PointwiseBackwardParams& p, int64_t first, int64_t last, void* scratch) {
-  with_storage(p.dtype, [&](auto storage) {
+  with_product_storage(p.dtype, [&](auto storage) {
     for (int64_t i = first; i < last; ++i) run_backward<decltype(storage)>(p, i, scratch);
   });
 }

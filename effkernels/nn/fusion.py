@@ -303,7 +303,7 @@ def is_dense(layer: Layer, dtype: torch.dtype) -> bool:
         and conv.padding_mode == "zeros"
         and (type(conv) in parts.SAME_PADDED or conv.padding == "same" or len(set(conv.padding)) == 1)
         and conv.weight.dtype == dtype
-        and (dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _native.CPU_ISA == "amx"))
+        and (dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _native.CPU_ISA in ("avx512_bf16", "amx")))
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -6,17 +6,17 @@ namespace effk::sanitized {
 
 static std::vector<Buffer> conv(ConvParams p, const Buffer& weight, const Affine& norm, int threads) {
   const Dtype wide = compute_dtype(p.dtype);
-  const Buffer packed(wide, EFFK_CPU_FUNCTION(conv_packed_size)(p));
+  const Buffer packed(wide, EFFK_PRODUCT_FUNCTION(conv_packed_size, p.dtype)(p));
   const int64_t taps = p.kernel_h * p.kernel_w;
   const ConvWeight dense{weight.data(), p.x.c * taps, taps, p.kernel_w, 1};
-  const auto pack = EFFK_CPU_FUNCTION(conv_pack);
-  parallel_for(threads, EFFK_CPU_FUNCTION(conv_pack_units)(p), wide, 0,
+  const auto pack = EFFK_PRODUCT_FUNCTION(conv_pack, p.dtype);
+  parallel_for(threads, EFFK_PRODUCT_FUNCTION(conv_pack_units, p.dtype)(p), wide, 0,
                [&](int64_t begin, int64_t end, void*) { pack(p, dense, norm, packed.data(), begin, end); });
   p.packed = packed.data();
   const Buffer y(p.dtype, p.x.n * p.out_c * p.out_h * p.out_w);
   p.y = y.data();
-  EFFK_CPU_FUNCTION(conv_plan)(p, 4);
-  const auto run = EFFK_CPU_FUNCTION(conv_run);
+  EFFK_PRODUCT_FUNCTION(conv_plan, p.dtype)(p, 4);
+  const auto run = EFFK_PRODUCT_FUNCTION(conv_run, p.dtype);
   parallel_for(threads, p.units, wide, p.scratch_size,
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
   return {y};

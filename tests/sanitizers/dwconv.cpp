@@ -6,14 +6,14 @@ namespace effk::sanitized {
 
 static std::vector<Buffer> dwconv(DwconvParams p, int threads) {
   const Dtype wide = compute_dtype(p.dtype);
-  EFFK_CPU_FUNCTION(dwconv_plan)(p);
+  EFFK_PRODUCT_FUNCTION(dwconv_plan, p.dtype)(p);
   const Buffer y(p.dtype, p.x.n * p.x.c * p.out_h * p.out_w), packed(wide, p.packed_size);
   const Buffer partials(Dtype::kFloat64, p.reduce == Reduce::kNone ? 0 : p.x.n * p.bands * 2 * p.x.c);
   p.y = y.data();
   p.packed = packed.data();
   p.partials = static_cast<double*>(partials.data());
-  EFFK_CPU_FUNCTION(dwconv_pack)(p);
-  const auto run = EFFK_CPU_FUNCTION(dwconv_run);
+  EFFK_PRODUCT_FUNCTION(dwconv_pack, p.dtype)(p);
+  const auto run = EFFK_PRODUCT_FUNCTION(dwconv_run, p.dtype);
   parallel_for(threads, p.units, wide, p.scratch_size,
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
   return {y, partials};

@@ -11,7 +11,7 @@ static std::vector<Buffer> backward(DwconvBackwardParams p, bool channels_last, 
   const Buffer grad_x(p.dtype, need_input ? x.n * channels * x.h * x.w : 0);
   if (need_input)
     (p.expand.x.data ? p.grad_x : p.grad_norm) = output_map(grad_x, channels_last, x.n, channels, x.h, x.w);
-  EFFK_CPU_FUNCTION(dwconv_backward_plan)(p);
+  EFFK_PRODUCT_FUNCTION(dwconv_backward_plan, p.dtype)(p);
   const Buffer packed = Buffer::of_bytes(wide, p.packed_size), products = Buffer::of_bytes(wide, p.products_size);
   const Buffer sums(wide, need_input ? x.n * p.bands * 2 * p.padded : 0);
   p.packed = packed.data();
@@ -20,8 +20,8 @@ static std::vector<Buffer> backward(DwconvBackwardParams p, bool channels_last, 
   const bool need_expand = p.expand.x.data && p.need_weight;
   const Buffer expand_products = Buffer::of_bytes(wide, need_expand ? p.expand_products_size : 0);
   if (need_expand) p.expand_products = expand_products.data();
-  EFFK_CPU_FUNCTION(dwconv_backward_pack)(p);
-  const auto run = EFFK_CPU_FUNCTION(dwconv_backward_run);
+  EFFK_PRODUCT_FUNCTION(dwconv_backward_pack, p.dtype)(p);
+  const auto run = EFFK_PRODUCT_FUNCTION(dwconv_backward_run, p.dtype);
   parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
   return {grad_x, products, sums, expand_products};

@@ -7,16 +7,16 @@ namespace effk::sanitized {
 // Image by image, or phase by phase with a barrier between them.
 static std::vector<Buffer> mbconv(MbconvParams p, const MbconvWeights& weights, bool whole, int threads) {
   const Dtype wide = compute_dtype(p.dtype);
-  const Buffer packed(wide, EFFK_CPU_FUNCTION(mbconv_packed_size)(p));
-  const auto pack = EFFK_CPU_FUNCTION(mbconv_pack);
-  parallel_for(threads, EFFK_CPU_FUNCTION(mbconv_pack_units)(p), wide, 0,
+  const Buffer packed(wide, EFFK_PRODUCT_FUNCTION(mbconv_packed_size, p.dtype)(p));
+  const auto pack = EFFK_PRODUCT_FUNCTION(mbconv_pack, p.dtype);
+  parallel_for(threads, EFFK_PRODUCT_FUNCTION(mbconv_pack_units, p.dtype)(p), wide, 0,
                [&](int64_t begin, int64_t end, void*) { pack(p, weights, packed.data(), begin, end); });
   p.packed = packed.data();
-  EFFK_CPU_FUNCTION(mbconv_plan)(p, whole ? 1 : 4);
+  EFFK_PRODUCT_FUNCTION(mbconv_plan, p.dtype)(p, whole ? 1 : 4);
   const Buffer y(p.dtype, p.x.n * p.out_c * p.out_h * p.out_w), shared(wide, whole ? 0 : p.x.n * p.image_size);
   p.y = y.data();
-  const auto run = EFFK_CPU_FUNCTION(mbconv_run);
-  const auto units = EFFK_CPU_FUNCTION(mbconv_units);
+  const auto run = EFFK_PRODUCT_FUNCTION(mbconv_run, p.dtype);
+  const auto units = EFFK_PRODUCT_FUNCTION(mbconv_units, p.dtype);
   const auto phase = [&](MbconvPhase phase) {
     parallel_for(threads, units(p, phase), wide, p.scratch_size, [&](int64_t begin, int64_t end, void* scratch) {
       const Buffer own(wide, whole ? p.image_size : 0);

@@ -8,14 +8,14 @@ static std::vector<Buffer> forward(PointwiseParams p, bool channels_last, int64_
   const Dtype wide = compute_dtype(p.dtype);
   const Buffer y(p.dtype, p.x.n * outputs * p.x.h * p.x.w);
   p.y = output_map(y, channels_last, p.x.n, outputs, p.x.h, p.x.w);
-  EFFK_CPU_FUNCTION(pointwise_plan)(p);
+  EFFK_PRODUCT_FUNCTION(pointwise_plan, p.dtype)(p);
   const Buffer packed = Buffer::of_bytes(wide, p.packed_size);
   const Buffer partials(Dtype::kFloat64, p.reduce == Reduce::kNone ? 0 : p.x.n * p.bands * 2 * outputs);
   p.packed = packed.data();
   p.partials = static_cast<double*>(partials.data());
-  const auto pack = EFFK_CPU_FUNCTION(pointwise_pack);
+  const auto pack = EFFK_PRODUCT_FUNCTION(pointwise_pack, p.dtype);
   parallel_for(threads, pack_blocks(p.x.c), wide, 0, [&](int64_t begin, int64_t end, void*) { pack(p, begin, end); });
-  const auto run = EFFK_CPU_FUNCTION(pointwise_run);
+  const auto run = EFFK_PRODUCT_FUNCTION(pointwise_run, p.dtype);
   parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
   return {y, partials};
@@ -27,16 +27,16 @@ static std::vector<Buffer> backward(PointwiseBackwardParams p, bool channels_las
   const Map& x = p.x;
   const Buffer grad_gated(p.dtype, need_input ? x.n * x.c * x.h * x.w : 0);
   if (need_input) p.grad_gated = output_map(grad_gated, channels_last, x.n, x.c, x.h, x.w);
-  EFFK_CPU_FUNCTION(pointwise_backward_plan)(p);
+  EFFK_PRODUCT_FUNCTION(pointwise_backward_plan, p.dtype)(p);
   const Buffer packed = Buffer::of_bytes(wide, p.packed_size), products = Buffer::of_bytes(wide, p.products_size);
   const Buffer sums(wide, need_sums ? x.n * p.image_tiles * 3 * x.c : 0);
   p.packed = packed.data();
   p.sums = need_sums ? sums.data() : nullptr;
   p.products = products.data();
-  const auto pack = EFFK_CPU_FUNCTION(pointwise_backward_pack);
+  const auto pack = EFFK_PRODUCT_FUNCTION(pointwise_backward_pack, p.dtype);
   if (need_input)
     parallel_for(threads, pack_blocks(p.y.c), wide, 0, [&](int64_t begin, int64_t end, void*) { pack(p, begin, end); });
-  const auto run = EFFK_CPU_FUNCTION(pointwise_backward_run);
+  const auto run = EFFK_PRODUCT_FUNCTION(pointwise_backward_run, p.dtype);
   parallel_for(threads, p.units, wide, p.scratch_size / static_cast<int64_t>(size_of(wide)),
                [&](int64_t begin, int64_t end, void* scratch) { run(p, begin, end, scratch); });
   return {grad_gated, sums, products};
