@@ -49,7 +49,8 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX2, *AVX512, "-mavx512bf16"]
-AMX = ["-mamx-tile", "-mamx-bf16"]
+# What these add to avx512 is products of bfloat16.
+BFLOAT16_ISAS = {"avx512_bf16": AVX512_BF16, "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
 # One per generation, which runs on all chips of that generation; the last known to nvcc as PTX too, for those to come.
 CUDA_ARCHES = ["7.5", "8.0", "9.0", "10.0", "12.0"]
@@ -91,7 +92,7 @@ def isas(kernel: pathlib.Path | None = None) -> dict[str, list[str]]:
         return {"baseline": []}
     sets = {"baseline": [], "avx2": AVX2, "avx512": AVX2 + AVX512}
     if kernel is None or 'matmul.h"' in kernel.read_text():
-        sets |= {"avx512_bf16": AVX512_BF16, "amx": AVX512_BF16 + AMX}
+        sets |= BFLOAT16_ISAS
     return sets
 
 

@@ -1,12 +1,11 @@
 // Instruction sets of the CPU kernels, and the choice between them at run time.
 //
-// Every csrc/<op>/cpu_kernel.cpp is compiled once per instruction set, with EFFK_ISA as the name of its namespace. Those
-// that only add products of bfloat16 are for kernels with matrix products, which EFFK_EACH_PRODUCT_ISA declares.
-// Callers take the address of the variant that this machine runs, EFFK_CPU_FUNCTION(norm_pass_run)(params, ...), of kernels
-// with products that for a dtype: EFFK_PRODUCT_FUNCTION(dwconv_run, params.dtype)(params, ...).
+// Every csrc/<op>/cpu_kernel.cpp is compiled once per instruction set, with EFFK_ISA as the name of its namespace. Sets
+// that only add products of bfloat16 are for kernels with products, which EFFK_EACH_PRODUCT_ISA declares, in that dtype.
+// Callers take the address of the variant that this machine runs: EFFK_CPU_FUNCTION(norm_pass_run)(params, ...), where
+// there are products EFFK_PRODUCT_FUNCTION(dwconv_run, params.dtype)(params, ...).
 #pragma once
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -29,8 +28,8 @@
 #define EFFK_EACH_PRODUCT_ISA(X) EFFK_EACH_ISA(X) X(avx512_bf16) X(amx)
 #define EFFK_CPU_FUNCTION(name) \
   ::effk::select_isa(::effk::CpuIsa::kAvx512, &::effk::baseline::name, &::effk::avx2::name, &::effk::avx512::name)
-#define EFFK_PRODUCT_FUNCTION(name, dtype)                                                                        \
-  ::effk::select_isa(::effk::best_product_isa(dtype), &::effk::baseline::name, &::effk::avx2::name,               \
+#define EFFK_PRODUCT_FUNCTION(name, dtype)                                                          \
+  ::effk::select_isa(::effk::best_product_isa(dtype), &::effk::baseline::name, &::effk::avx2::name, \
                      &::effk::avx512::name, &::effk::avx512_bf16::name, &::effk::amx::name)
 #else
 #define EFFK_EACH_ISA(X) X(baseline)
@@ -105,7 +104,7 @@ inline CpuIsa best_product_isa(Dtype dtype) { return dtype == Dtype::kBFloat16 ?
 template <class... Functions>
 auto select_isa(CpuIsa best, Functions... functions) {
   const std::common_type_t<Functions...> variants[] = {functions...};
-  return variants[static_cast<int>(std::min(cpu_isa(), best))];
+  return variants[static_cast<int>(cpu_isa() < best ? cpu_isa() : best)];
 }
 
 }  // namespace effk

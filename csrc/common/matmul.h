@@ -214,6 +214,12 @@ class PlainProduct : public TiledProduct<MultiplyAdd<compute_t<T>>> {
     return {buffer, rows.depth, 1, rows.depth};
   }
 
+  // Whether the pixels of a map are rows of a left operand as they lie, and those from `x` on.
+  static bool takes(const Map&) { return std::is_same_v<T, C>; }
+  static Rows<C> in_place(const T* x, int64_t stride, int64_t k_stride, int64_t depth) {
+    return {reinterpret_cast<const C*>(x), stride, k_stride, depth};
+  }
+
   // A panel [depth][vectors][lanes] as the right operand.
   static const C* right(const C* panel, int64_t, int, C*) { return panel; }
 };

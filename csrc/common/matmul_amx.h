@@ -7,6 +7,10 @@ namespace {
 
 class AmxProduct : public Bfloat16Operands<32, 16> {
  public:
+  // Rows that lie in memory have no slack after them.
+  static bool takes(const Map&) { return false; }
+  static Rows<C> in_place(const BFloat16*, int64_t, int64_t, int64_t depth) { return {nullptr, 0, 1, depth}; }
+
   // Configures the thread's tiles, as whoever uses them does.
   explicit AmxProduct(int64_t) {
     struct alignas(64) {

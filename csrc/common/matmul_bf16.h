@@ -28,6 +28,18 @@ class Bfloat16Operands {
       round_columns(rows, count, buffer);
     return {buffer, row(rows.depth), 1, row(rows.depth)};
   }
+  // `count` rows of bfloat16, `row_stride` apart.
+  static Rows<C> left(const BFloat16* rows, int64_t row_stride, int64_t depth, int64_t count, C* buffer) {
+    const int64_t words = row(depth);
+    for (int64_t k = 0; k < depth; k += kStep) {
+      const uint32_t values = ~0u >> (kStep - min64(depth - k, kStep));
+      const uint16_t pairs = 0xffffu >> (kLine - min64(words - k / 2, kLine));
+      for (int64_t r = 0; r < count; ++r)
+        _mm512_mask_storeu_epi32(buffer + r * words + k / 2, pairs,
+                                 _mm512_maskz_loadu_epi16(values, rows + r * row_stride + k));
+    }
+    return {buffer, words, 1, words};
+  }
 
   static const C* right(const C* panel, int64_t depth, int vectors, C* out) {
     C* to = out;
@@ -55,16 +67,16 @@ class Bfloat16Operands {
   }
 
   static void round_rows(const Rows<C>& rows, int64_t count, const C* gate, C* out) {
-    constexpr int64_t kRows = 8;  // at a time, in about the order of memory
+    const int64_t step = rows.segment < rows.depth ? count : 8;  // rows at a time, in about the order of memory
     const int64_t stride = row(rows.depth);
-    for (int64_t begin = 0; begin < count; begin += kRows)
+    for (int64_t begin = 0; begin < count; begin += step)
       for (int64_t k = 0; k < rows.depth; k += kStep) {
         const int low = static_cast<int>(min64(rows.depth - k, kLine));
         const int high = static_cast<int>(max64(min64(rows.depth - k - kLine, kLine), 0));
         const C *from = rows.at(begin, k), *from_high = high ? rows.at(begin, k + kLine) : from;
         const VecF g = gate ? load_n(gate + k, low) : broadcast(1.0f);
         const VecF g_high = gate && high ? load_n(gate + k + kLine, high) : broadcast(1.0f);
-        for (int64_t r = 0; r < min64(count - begin, kRows); ++r)
+        for (int64_t r = 0; r < min64(count - begin, step); ++r)
           store_pairs(out + (begin + r) * stride + k / 2, load_n(from + r * rows.stride, low) * g,
                       high ? VecF(load_n(from_high + r * rows.stride, high) * g_high) : VecF{}, stride - k / 2);
       }
@@ -100,8 +112,8 @@ namespace {
 #if defined(__AMX_BF16__)
 using Bfloat16Product = AmxProduct;
 #else
-// A step of the depth: a pair of values of each row, times a vector of pairs.
-struct DotProduct {
+// A step of the depth: a pair of values of each row, and its products with a vector of pairs.
+struct PairMultiplyAdd {
   using C = float;
   static EFFK_INLINE VecF left(const C* at) {
     uint32_t pair;
@@ -113,10 +125,15 @@ struct DotProduct {
   }
 };
 
-class Bfloat16Product : public Bfloat16Operands<2, 0>, public TiledProduct<DotProduct> {
+class Bfloat16Product : public Bfloat16Operands<2, 0>, public TiledProduct<PairMultiplyAdd> {
  public:
   using C = float;
-  using TiledProduct<DotProduct>::TiledProduct;
+  using TiledProduct<PairMultiplyAdd>::TiledProduct;
+
+  static bool takes(const Map& x) { return x.stride_c == 1 && x.c % 2 == 0 && x.stride_w % 2 == 0; }
+  static Rows<C> in_place(const BFloat16* x, int64_t stride, int64_t, int64_t depth) {
+    return {reinterpret_cast<const C*>(x), stride / 2, 1, depth / 2};
+  }
 };
 #endif
 

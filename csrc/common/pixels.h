@@ -15,6 +15,7 @@ void load_pixels(const T* x, int64_t stride_w, int64_t stride_c, int64_t count, 
   if (stride_w != 1 || stride_c == 1) {
     for (int64_t i = 0; i < count; ++i) {
       const T* at = x + i * stride_w;
+      __builtin_prefetch(at + count * stride_w, 0, 2);  // the next row's
       store(out + i * V, stride_c == 1 ? load_n(at, lanes) : load_strided(at, stride_c, lanes));
     }
     return;

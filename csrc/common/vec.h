@@ -79,17 +79,30 @@ inline EFFK_INLINE void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof
 inline EFFK_INLINE void store(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 inline EFFK_INLINE VecF load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  // Where GCC 12 would convert in halves.
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast<VecF>(bit_cast<VecU>(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
+#else
   VecU16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   return bit_cast<VecF>(__builtin_convertvector(bits, VecU) << 16);
+#endif
 }
 
+#if defined(__AVX512BF16__)
+inline EFFK_INLINE void store(BFloat16* p, VecF v) {
+  const __m256bh out = _mm512_cvtneps_pbh(v);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+#else
 inline EFFK_INLINE void store(BFloat16* p, VecF v) {
   const VecU bits = bit_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
   const VecU16 out = __builtin_convertvector(v == v ? rounded : VecU{} + 0x7fc0, VecU16);
   __builtin_memcpy(p, &out, sizeof(out));
 }
+#endif
 
 #if defined(__AVX512F__)
 inline EFFK_INLINE VecF load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }

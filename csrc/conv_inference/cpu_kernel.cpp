@@ -11,13 +11,13 @@ namespace {
 constexpr int64_t kRectPixels = 128;  // of a unit, or more: the weight is read once for them
 constexpr int64_t kBlockPixels = 64;   // whose products stay in the first-level cache until they are stored
 
-// f(T{}, P) for the storage type T and the product P, as a null pointer: of a few channels, as an image has them, the plain
-// one, since the other's operands would be padding for the most part.
+// f(T{}, P) for the storage type T and the product P, as a null pointer: the plain one where the other's operands would be
+// padding for the most part.
 template <class F>
 void with_product(const ConvParams& p, F f) {
   with_product_storage(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    if (p.x.c < 16)
+    if (Product<T>::padded(p.x.c) > 2 * p.x.c)
       f(storage, static_cast<PlainProduct<T>*>(nullptr));
     else
       f(storage, static_cast<Product<T>*>(nullptr));
@@ -40,9 +40,9 @@ struct Window {
 };
 
 // Whether x can be read as it lies.
-template <class T>
+template <class P>
 bool is_direct(const ConvParams& p) {
-  return std::is_same_v<T, compute_t<T>> && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
+  return P::takes(p.x) && p.kernel_h == 1 && p.kernel_w == 1 && p.pad_top == 0 && p.pad_left == 0;
 }
 
 // `buffer` has room for a row of values.
@@ -63,6 +63,11 @@ void stage(const ConvParams& p, int64_t n, int64_t top, int64_t left, const Wind
     std::memset(staged, 0, begin * window.pixel * sizeof(C));
     std::memset(staged + end * window.pixel, 0, (window.width - end) * window.pixel * sizeof(C));
     staged += begin * window.pixel;
+    if constexpr (P::kOwnOperands)
+      if (x.stride_c == 1) {
+        P::left(row_of<T>(x, n, 0, top + i) + (left + begin) * x.stride_w, x.stride_w, x.c, columns, staged);
+        continue;
+      }
     C* to = P::kOwnOperands ? buffer : staged;
     const bool dense = x.stride_c == 1 && x.stride_w == x.c;
     if (dense) {
@@ -106,13 +111,12 @@ void run_unit(const ConvParams& p, int64_t unit, compute_t<T>* scratch) {
   const int64_t rows = min64(p.rect_h, p.out_h - first_row), columns = min64(p.rect_w, p.out_w - first_column);
   const int64_t top = first_row * p.stride - p.pad_top, left = first_column * p.stride - p.pad_left;
   C *raw = scratch, *buffer = raw + kPanelVectors * kBlockPixels * V, *staged = buffer + window.width * p.x.c;
-  if (!is_direct<T>(p)) stage<T, P>(p, n, top, left, window, staged, buffer);
+  if (!is_direct<P>(p)) stage<T, P>(p, n, top, left, window, staged, buffer);
   const P product(min64(columns, kBlockPixels));
   auto operand = [&](int64_t row, int64_t column) -> Rows<C> {
-    if constexpr (std::is_same_v<T, C>)
-      if (is_direct<T>(p))
-        return {row_of<T>(p.x, n, 0, top + row * p.stride) + (left + column * p.stride) * p.x.stride_w,
-                p.stride * p.x.stride_w, p.x.stride_c, p.x.c};
+    if (is_direct<P>(p))
+      return P::in_place(row_of<T>(p.x, n, 0, top + row * p.stride) + (left + column * p.stride) * p.x.stride_w,
+                         p.stride * p.x.stride_w, p.x.stride_c, p.x.c);
     const int64_t line = window.width * window.pixel;
     return {staged + row * p.stride * line + column * p.stride * window.pixel, p.stride * window.pixel, 1,
             p.kernel_h * p.kernel_w * window.pixel, p.kernel_w * window.pixel, line};
@@ -160,7 +164,7 @@ void plan(ConvParams& p, int64_t threads) {
   p.units = p.x.n * p.rects * p.shares;
   const Window<P> window(p);
   p.scratch_size = kPanelVectors * kBlockPixels * kLanes<C> + window.width * p.x.c;
-  if (!is_direct<T>(p)) p.scratch_size += (window.rows * window.width + p.stride * P::kSlack) * window.pixel;
+  if (!is_direct<P>(p)) p.scratch_size += (window.rows * window.width + p.stride * P::kSlack) * window.pixel;
 }
 
 // --- Winograd's F(2x2, 3x3) -----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ struct Packed {
 template <class T>
 bool needs_staging(const MbconvParams& p) {
   const bool joined = p.x.w >= kGroupPixels || p.x.h == 1 || p.x.stride_h == p.x.w * p.x.stride_w;
-  return p.has_expand && (!std::is_same_v<T, compute_t<T>> || !joined);
+  return p.has_expand && !(Product<T>::takes(p.x) && joined);
 }
 
 // What the phases hand on for one image, in elements: d as planes of one vector of channels, [vectors][pixels][lanes],
@@ -81,8 +81,8 @@ void stage(const MbconvParams& p, int64_t n, int64_t unit, compute_t<T>* image, 
 // `rows` rows of x as the left operand of a product.
 template <class T>
 Rows<compute_t<T>> input_rows(const MbconvParams& p, int64_t n, int64_t row, const compute_t<T>* image) {
-  if constexpr (std::is_same_v<T, compute_t<T>>)
-    if (!needs_staging<T>(p)) return {row_of<T>(p.x, n, 0, row), p.x.stride_w, p.x.stride_c, p.x.c};
+  if (!needs_staging<T>(p))
+    return Product<T>::in_place(row_of<T>(p.x, n, 0, row), p.x.stride_w, p.x.stride_c, p.x.c);
   const Image<T> im(p);
   return {image + im.staged + row * p.x.w * im.staged_row, im.staged_row, 1, Product<T>::row(p.x.c)};
 }

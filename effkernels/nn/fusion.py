@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkernels import _native, backends
+from effkernels import _build, _native, backends
 from effkernels.nn import parts
 from effkernels.nn.parts import SE, Block, Layer, Unfusable
 from effkernels.ops import bn_act, dwconv_bn_swish, mbconv, squeeze_excite
@@ -293,8 +293,8 @@ def _run_conv(layer: Layer, x: Tensor) -> Tensor:
 
 
 def is_dense(layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether `conv_bn_act` computes the layer. 16-bit ones stay with the library, unless the kernels too have matrix
-    instructions."""
+    """Whether `conv_bn_act` computes the layer. 16-bit ones stay with the library, unless the kernels too have
+    instructions for their products."""
     conv = layer.conv
     return (
         conv.groups == 1
@@ -303,7 +303,7 @@ def is_dense(layer: Layer, dtype: torch.dtype) -> bool:
         and conv.padding_mode == "zeros"
         and (type(conv) in parts.SAME_PADDED or conv.padding == "same" or len(set(conv.padding)) == 1)
         and conv.weight.dtype == dtype
-        and (dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _native.CPU_ISA in ("avx512_bf16", "amx")))
+        and (dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _native.CPU_ISA in _build.BFLOAT16_ISAS))
         and not torch.is_autocast_enabled("cpu")
     )
 

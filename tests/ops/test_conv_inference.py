@@ -31,6 +31,7 @@ LAYERS = {
     "3x3, odd sizes": ((2, 17, 7, 9), 50, (3, 3), 1, "auto", "silu", True),
     "3x3, one pixel": ((1, 16, 1, 1), 16, (3, 3), 1, "auto", "relu", False),
     "3x3, many rows of tiles": ((1, 48, 38, 75), 64, (3, 3), 1, "auto", "silu", False),
+    "3x3, odd depth": ((2, 45, 6, 7), 33, (3, 3), 1, "auto", "silu", True),
     "empty batch": ((0, 5, 6, 7), 9, (3, 3), 1, "auto", "silu", True),
 }
 

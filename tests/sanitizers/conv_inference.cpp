@@ -28,7 +28,7 @@ static const Cases cases([] {
   };
   constexpr Shape kShapes[] = {{2, 3, 32, 13, 15}, {1, 1, 1, 1, 1}, {3, 17, 40, 9, 7}, {1, 24, 100, 21, 20}};
   int number = 0;
-  for (Dtype dtype : kDtypes)
+  for (Dtype dtype : dtypes(/*products=*/true))
     for (Layout layout : kLayouts)
       for (int k : {1, 3, 5})
         for (int stride : {1, 2})

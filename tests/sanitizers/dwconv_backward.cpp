@@ -35,7 +35,7 @@ static const Cases cases([] {
   };
   constexpr Shape kShapes[] = {{3, 17, 13, 15}, {1, 1, 1, 1}, {2, 3, 1, 7}, {1, 129, 5, 6}, {1, 24, 41, 33}};
   int number = 0;
-  for (Dtype dtype : kDtypes)
+  for (Dtype dtype : dtypes(/*products=*/true))
     for (Layout layout : kLayouts)
       for (int k : {3, 5, 7})
         for (int stride : {1, 2})

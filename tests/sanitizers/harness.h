@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/activation.h"
+#include "common/cpu_isa.h"
 #include "common/layout.h"
 #include "common/types.h"
 
@@ -47,8 +48,13 @@ class Buffer {
 
 enum class Layout { kNchw, kChannelsLast, kSlicedNchw, kSlicedChannelsLast };
 constexpr Layout kLayouts[] = {Layout::kNchw, Layout::kChannelsLast, Layout::kSlicedNchw, Layout::kSlicedChannelsLast};
-constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat64};
 constexpr Reduce kReductions[] = {Reduce::kNone, Reduce::kMean, Reduce::kStatistics};
+
+// The dtypes of cases. Instruction sets that only add products of bfloat16 have no other, and none without products.
+inline std::vector<Dtype> dtypes(bool products) {
+  if (cpu_isa() <= CpuIsa::kAvx512) return {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat64};
+  return products ? std::vector{Dtype::kBFloat16} : std::vector<Dtype>{};
+}
 
 // A random map, its memory one element off alignment; a slice lies in the middle of a larger map.
 struct RandomMap {

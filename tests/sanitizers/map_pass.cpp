@@ -24,7 +24,7 @@ static const Cases cases([] {
   constexpr Shape kShapes[] = {{3, 17, 13, 15}, {1, 1, 1, 1},    {2, 3, 1, 7},   {1, 2, 7, 1},
                                {2, 129, 5, 6},  {1, 16, 61, 75}, {1, 600, 3, 2}, {1, 33, 64, 64}};
   int number = 0;
-  for (Dtype dtype : kDtypes)
+  for (Dtype dtype : dtypes(/*products=*/false))
     for (Layout layout : kLayouts)
       for (Reduce reduce : kReductions)
         for (const Shape& s : kShapes) {

@@ -38,7 +38,7 @@ static const Cases cases([] {
   constexpr Shape kShapes[] = {{3, 5, 6, 13, 15, 7, 2}, {1, 1, 1, 1, 1, 1, 0},      {2, 24, 6, 9, 7, 24, 6},
                                {4, 17, 1, 7, 1, 17, 4}, {1, 40, 3, 33, 20, 100, 0}, {5, 96, 4, 4, 4, 33, 24}};
   int number = 0;
-  for (Dtype dtype : kDtypes)
+  for (Dtype dtype : dtypes(/*products=*/true))
     for (Layout layout : kLayouts)
       for (int k : {3, 5, 7})
         for (int stride : {1, 2})

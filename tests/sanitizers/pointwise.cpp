@@ -50,7 +50,7 @@ static const Cases cases([] {
   constexpr Shape kShapes[] = {{3, 17, 19, 13, 15}, {1, 1, 1, 1, 1},    {2, 3, 40, 1, 7},
                                {2, 129, 24, 5, 6},  {1, 24, 96, 31, 33}, {1, 300, 70, 3, 2}};
   int number = 0;
-  for (Dtype dtype : kDtypes)
+  for (Dtype dtype : dtypes(/*products=*/true))
     for (Layout layout : kLayouts)
       for (int variant = 0; variant < 3; ++variant)
         for (const Shape& s : kShapes) {

@@ -1,8 +1,9 @@
 """The CPU kernels under the address, undefined-behaviour and thread sanitisers: `python tests/sanitizers/run.py`.
 
 Builds csrc/*/cpu_kernel.cpp for every instruction set, with the cases beside this file, and runs what this machine can
-on 2 and 4 threads; in search of races, which are the same for all instruction sets, the best one only. A kernel's cases
-are in a file here, named after its folder; kernels without are named as skipped.
+on 2 and 4 threads: of sets that only add products of bfloat16, those; in search of races, which are the same for all
+sets, only the best of the others. A kernel's cases are in a file here, named after its folder; kernels without are
+named as skipped.
 """
 
 import os
@@ -33,9 +34,8 @@ def main() -> None:
                 if run(driver, "2", mistake).returncode == 0:
                     raise SystemExit(f"-fsanitize={sanitizer} does not find: {mistake}")
             isas = _native.introspection.available_cpu_isas()
-            if "amx" in isas:
-                isas.remove("avx512")  # the same code, but for products of bfloat16
-            for isa in isas[-1:] if sanitizer == "thread" else isas:
+            whole = [isa for isa in isas if isa not in _build.BFLOAT16_ISAS]
+            for isa in whole[-1:] if sanitizer == "thread" else isas:
                 for threads in ("2", "4"):
                     result = run(driver, threads, isa=isa)
                     print(f"-fsanitize={sanitizer}: {result.stdout}{result.stderr}", end="", flush=True)

@@ -40,7 +40,7 @@ static std::vector<Buffer> se_gate_backward(SeGateBackwardParams p, bool sums, i
 
 static const Cases cases([] {
   int number = 0;
-  for (Dtype dtype : kDtypes)
+  for (Dtype dtype : dtypes(/*products=*/false))
     for (int64_t images : {1, 3, 9, 40})
       for (int64_t c : {1, 3, 17, 96, 300})
         for (int64_t r : {1, 5, 129}) {
