@@ -18,7 +18,10 @@ class Bfloat16Operands {
   static int64_t padded(int64_t depth) { return ceil_div(depth, kBlock) * kBlock; }
   static int64_t row(int64_t depth) { return padded(depth) / 2; }
   static int64_t column_vector(int64_t depth) { return padded(depth) / 2 * kLine; }
-  static int64_t left_size(int64_t count, int64_t depth, bool = false) { return (count + kSlack) * row(depth); }
+  // Whole lines, so that what lies after it is aligned.
+  static int64_t left_size(int64_t count, int64_t depth, bool = false) {
+    return round_up<C>((count + kSlack) * row(depth));
+  }
   static int64_t right_size(int64_t depth) { return kPanelVectors * column_vector(depth); }
 
   static Rows<C> left(const Rows<C>& rows, int64_t count, const C* gate, C* buffer) {
