@@ -146,15 +146,7 @@ void expand_depthwise(const MbconvParams& p, int64_t n, int64_t chunk, int64_t b
   const int64_t last = min64((row_end - 1) * p.stride - p.pad_top + k, p.x.h);
   int64_t staged = max64(band * p.band_rows * p.stride - p.pad_top, 0);
   auto slot = [&](int v, int64_t row) { return rings + v * r.ring + row % r.slots * r.width * V; };
-  // Fetches the lines of d that are written next. Another thread may have read them last, from which they must be taken.
-  const auto own = [&](int64_t begin, int64_t end) {
-    for (int v = 0; v < vectors; ++v)
-      for (int64_t i = begin * p.out_w; i < min64(end, row_end) * p.out_w; ++i)
-        __builtin_prefetch(image + (first + v) * im.plane + i * V, 1);
-  };
-  own(band * p.band_rows, band * p.band_rows + r.rows);
   for (int64_t row = band * p.band_rows; row < row_end; ++row) {
-    own(row + r.rows, row + r.rows + 1);
     const int64_t top = row * p.stride - p.pad_top, bottom = min64(top + k, p.x.h);
     for (staged = max64(staged, top); staged < bottom;) {
       const int64_t rows = min64(r.rows, last - staged);
