@@ -9,12 +9,4 @@ from torch._prims_common import suggest_memory_format
 
 def empty_map(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised map of the dtype, device and layout of `x`; PyTorch decides where strides are ambiguous."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """As `suggest_memory_format`, which takes ten times as long, where the layout is plain."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    if channels_last == x.is_contiguous():
-        return suggest_memory_format(x)
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from effkernels.ops._layout import empty_map, layout_of
+from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import (
     BN_APPLY,
@@ -214,7 +215,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
     gate = given(gate)
     (w3,) = cast(x, w3)
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
-    grad = grad.contiguous(memory_format=layout_of(p))
+    grad = grad.contiguous(memory_format=suggest_memory_format(p))
     grads, rest = project_backward(
         backend, need, "x" in need, grad, x, norm2, p, stats3, fixed3, ctx.groups[1], pooled, gate, v1, c1, v2,
         se_act, gate_act, w3, gamma3, beta3, eps3, scale,

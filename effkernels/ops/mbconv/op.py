@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from effkernels.ops._layout import empty_map, layout_of
+from effkernels.ops._layout import empty_map
 from effkernels.ops._op import Op
 from effkernels.ops.batch_norm.op import BN_STATISTICS, Reduce, settled, statistics_dtype
 from effkernels.ops.batch_norm.synchronised import count, means_of_all
@@ -161,7 +162,7 @@ def _gradients(backend: str, ctx: Any, need: set[str], grad: Tensor) -> dict[str
 
     for_e = need & {"x", "w1", "bias1", "gamma1", "beta1"}
     for_conv = for_e or need & {"w2"}
-    grad = grad.contiguous(memory_format=layout_of(p))
+    grad = grad.contiguous(memory_format=suggest_memory_format(p))
     norm2 = (stats2[0], stats2[1], gamma2, beta2, eps2, act2)
     gate = given(gate)
     grads, rest = project_backward(
